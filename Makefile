@@ -1,0 +1,33 @@
+# Every target installs what it needs first; nothing else is required than python3 >= 3.11 and a package index.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test check clean
+
+help:  ## list these targets
+	@grep -E '^[a-z_]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+# uv resolves and links ten times faster than pip; pip brings it, so pip is all a fresh machine needs.
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[dev]'
+	@touch $@
+
+install: .venv/installed  ## create .venv with clipfix and its development tools in it
+
+run: install  ## repair the tiny CLIP on the drawn world: a before/after table and a folder of pictures
+	$(BIN)/python -m clipfix
+
+test: install  ## run the tests
+	$(BIN)/python -m pytest
+
+check: install  ## formatting, lint, types and import contracts
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:  ## remove the environment, runs and generated scenes
+	rm -rf .venv outputs data/scenes

@@ -1,0 +1,195 @@
+"""The whole program: compose the config, build, score, train, score again, report."""
+
+import difflib
+import os
+import sys
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+# Heavy libraries are imported inside the verbs: `--help`, `--cfg job` and a mistyped key must answer at once.
+
+PACKAGE = Path(__file__).parent
+# An installed wheel carries conf/ inside the package; in a checkout it lies at the top, where people look.
+CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parents[1] / "conf") if folder.is_dir())
+
+
+# -- verbs: one a run --------------------------------------------------------------------------------------------------
+
+
+def fit(cfg: DictConfig, folder: Path) -> None:
+    """Score, train, score what the selection split prefers, report."""
+    import torch
+
+    from clipfix import report
+    from clipfix.evals import evaluate
+
+    backbone, benchmarks = build(cfg)
+    method = instantiate(cfg.method, backbone=backbone)
+    method.config_yaml = OmegaConf.to_yaml(cfg, resolve=True)
+    data = instantiate(cfg.data, image_size=method.image_size)
+    data.prepare_data()
+    callbacks = dict(instantiate(cfg.callbacks)) | selection(cfg, folder)
+    loggers = list(instantiate(cfg.logger).values())
+    trainer = instantiate(cfg.trainer, callbacks=[c for c in callbacks.values() if c is not None], logger=loggers)
+
+    scores = {}
+    if trainer.is_global_zero:
+        (folder / "config.yaml").write_text(method.config_yaml)
+        scores["before"] = evaluate(backbone.to(trainer.strategy.root_device), benchmarks)
+    trainer.fit(method, data, ckpt_path=checkpoint_to_resume(cfg.resume, folder), weights_only=True)
+
+    chosen = (callbacks.get("best") or callbacks["newest"]).best_model_path
+    weights = torch.load(chosen, map_location="cpu", weights_only=True)
+    method.load_state_dict(weights["state_dict"], strict=False)
+    if trainer.is_global_zero:
+        scores["after"] = evaluate(backbone.to(trainer.strategy.root_device), benchmarks)
+        facts = {"checkpoint": chosen, "step": weights["global_step"], "seed": cfg.seed}
+        report.write(folder, scores, benchmarks, facts, loggers)
+
+
+def score(cfg: DictConfig, folder: Path) -> None:
+    """Score the backbone, or a checkpoint of an earlier run, without training."""
+    import torch
+
+    from clipfix import report
+    from clipfix.evals import evaluate
+
+    backbone, benchmarks = build(cfg)
+    instantiate(cfg.data, image_size=backbone.image_size).prepare_data()
+    if cfg.checkpoint:
+        load_repair(backbone, cfg.checkpoint)
+    backbone.to("cuda" if torch.cuda.is_available() else "cpu")
+    report.write(folder, {"score": evaluate(backbone, benchmarks)}, benchmarks, {"checkpoint": cfg.checkpoint})
+
+
+VERBS = {"fit": fit, "eval": score}
+
+
+def build(cfg: DictConfig) -> tuple[Any, dict[str, Any]]:
+    """What every verb starts from: a seeded process, the backbone, its benchmarks."""
+    import lightning as L
+
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    return instantiate(cfg.backbone), instantiate(cfg.eval.benchmarks)
+
+
+def selection(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """Callbacks that score the selection split and keep the best checkpoint by it, where there is such a split."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from clipfix.evals.selection import Selection
+
+    if cfg.eval.selection is None or cfg.data.selection is None:
+        return {}
+    metric = cfg.eval.selection_metric
+    best = ModelCheckpoint(folder / "checkpoints", filename="best", monitor=f"selection/{metric}", mode="max")
+    return {"selection": Selection(instantiate(cfg.eval.selection), metric), "best": best}
+
+
+def load_repair(backbone: Any, checkpoint: str) -> None:
+    """The backbone's trained weights from a checkpoint of `fit`, on top of those it was built with."""
+    import torch
+
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    prefix = "backbone."
+    weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    try:
+        unexpected = backbone.load_state_dict(weights, strict=False).unexpected_keys
+    except RuntimeError as error:
+        raise ValueError(f"{checkpoint} was trained on another backbone: {error}") from error
+    if unexpected:
+        raise ValueError(f"{checkpoint} was trained on another backbone: {unexpected[0]} is not in this one.")
+
+
+def checkpoint_to_resume(resume: str | None, folder: Path) -> str | None:
+    """`auto` means the newest checkpoint of this run folder, which `run_folder` chose to continue."""
+    if resume != "auto":
+        return resume
+    newest = folder / "checkpoints" / "last.ckpt"
+    print(f"Resuming {newest}" if newest.exists() else "Nothing to resume: a new run starts.")
+    return str(newest) if newest.exists() else None
+
+
+# -- what yaml may ask for ---------------------------------------------------------------------------------------------
+
+
+def run_folder(name: str, resume: str | None) -> str:
+    """A new folder under outputs/<name>, or the newest one that has a checkpoint when resume=auto."""
+    started = sorted(Path("outputs", name).glob("*/checkpoints/last.ckpt"))
+    if resume == "auto" and started:
+        return str(started[-1].parents[1])
+    return str(Path("outputs", name, datetime.now().strftime("%Y-%m-%d_%H-%M-%S")))
+
+
+def wandb_offline() -> bool:
+    """W&B goes online where somebody is logged in, and asks nobody anything elsewhere."""
+    import wandb
+
+    return os.environ.get("WANDB_MODE", "online") != "online" or not wandb.login(prompt=False)
+
+
+OmegaConf.register_new_resolver("package", lambda path: str(PACKAGE / path))
+OmegaConf.register_new_resolver("run_folder", run_folder, use_cache=True)
+OmegaConf.register_new_resolver("wandb_offline", wandb_offline, use_cache=True)
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def run(cfg: DictConfig) -> None:
+    if cfg.run not in VERBS:
+        raise ValueError(f"run={cfg.run} is no verb: choose from {', '.join(VERBS)}.")
+    if missing := list(unset(OmegaConf.to_container(cfg))):
+        raise ValueError(f"Not set: {', '.join(missing)}. Give a value on the command line, as in {missing[0]}=...")
+    VERBS[cfg.run](cfg, Path(HydraConfig.get().runtime.output_dir))
+
+
+def unset(node: Any, path: str = "") -> Iterator[str]:
+    """Paths of the keys whose value is still ???."""
+    if node == "???":
+        yield path.removeprefix(".")
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            yield from unset(value, f"{path}.{key}")
+
+
+def main() -> None:
+    """The command: one readable line for the user's mistakes, a traceback for ours."""
+    verbose = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then hands errors on instead of printing them its own way
+    try:
+        run()
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if verbose:
+            raise
+        sys.exit(f"clipfix: {explain(error)}\n(HYDRA_FULL_ERROR=1 shows where this was raised)")
+
+
+def explain(error: BaseException) -> str:
+    """The error's own words, and for a mistyped key the keys that exist."""
+    cause = error.__cause__
+    if isinstance(cause, ValueError):  # hydra wraps what a constructor raised in its own text
+        return str(cause)
+    parent = getattr(cause, "parent_node", None)
+    if parent is None:
+        return str(error).split("Config search path")[0].strip()
+    wrong = str(cause.full_key)
+    prefix = wrong.rpartition(".")[0]
+    choices = [f"{prefix}.{key}".lstrip(".") for key in parent if key != "hydra"]
+    close = difflib.get_close_matches(wrong, choices, n=1)
+    hint = f"Did you mean {close[0]}? " if close else ""
+    return f"There is no {wrong}. {hint}Choices: {', '.join(choices)}."
+
+
+if __name__ == "__main__":
+    main()

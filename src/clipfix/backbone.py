@@ -1,0 +1,312 @@
+"""open_clip behind a few verbs: image, text, visual tokens, tokenize.
+
+Why a wrapper: images travel as [0, 1] and each model normalizes for itself, every model has a `.visual` and a `.text`
+tower to train or freeze, and no checkpoint is bent into shape silently. Nothing else in the package knows open_clip.
+"""
+
+import json
+import zipfile
+from copy import deepcopy
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import open_clip
+import torch
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from jaxtyping import Float, Int
+from open_clip.convert import convert_state_dict
+from open_clip.model import convert_to_custom_text_state_dict
+from open_clip.timm_model import TimmModel
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+from open_clip.transformer import TextTransformer, VisionTransformer, text_global_pool
+from safetensors.torch import load_file, save_file
+from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+CONFIG_FILE = "open_clip_config.json"
+WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+# The three integers that an OpenAI archive carries beside its weights: the mark by which such a file is recognized.
+OPENAI_MARKS = ("input_resolution", "context_length", "vocab_size")
+
+
+class Backbone(nn.Module):
+    """A CLIP: two towers, one temperature, one tokenizer.
+
+    `name` is an open_clip architecture (`ViT-L-14-quickgelu`), an open_clip folder, or `hf-hub:org/repo`.
+    `pretrained` is an open_clip tag, a checkpoint file, `random`, or null: the folder's own weights, or random ones
+    for an architecture. `context_length` must equal the checkpoint's position table: stretching it is a method's
+    work (Long-CLIP), never a side effect of loading.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, name: str, pretrained: str | None = None, context_length: int | None = None) -> None:
+        super().__init__()
+        self.name = name
+        self.folder = _find_folder(name)
+        self.config, preprocess = _describe(name, self.folder, pretrained)
+        if context_length is not None:
+            self.config["text_cfg"]["context_length"] = context_length
+        self.model = _build(self.config)
+        self.preprocess = preprocess | {"size": self.image_size}
+        self.register_buffer(
+            "mean", torch.tensor(preprocess["mean"], dtype=torch.float32).view(3, 1, 1), persistent=False
+        )
+        self.register_buffer(
+            "std", torch.tensor(preprocess["std"], dtype=torch.float32).view(3, 1, 1), persistent=False
+        )
+        if weights := _find_weights(name, self.folder, pretrained):
+            _load(self.model, weights, name, quick_gelu=self.config.get("quick_gelu", False))
+
+    @property
+    def visual(self) -> nn.Module:
+        return self.model.visual
+
+    @property
+    def text(self) -> nn.Module:
+        return self.model.text
+
+    @property
+    def logit_scale(self) -> nn.Parameter:
+        """Natural logarithm of the inverse temperature."""
+        return self.model.logit_scale
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square picture that the visual tower reads, in pixels."""
+        size = self.model.visual.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        assert height == width, f"{self.name} reads {height} x {width} pictures"
+        return height
+
+    @property
+    def embed_dim(self) -> int:
+        return self.config["embed_dim"]
+
+    @property
+    def context_length(self) -> int:
+        return self.config["text_cfg"].get("context_length", open_clip.CLIPTextCfg.context_length)
+
+    def encode_image(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        """Pictures in [0, 1] to the joint space, not normalized."""
+        return self.model.encode_image(self._pixels(images))
+
+    def visual_tokens(self, images: Float[Tensor, "b 3 h w"]) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b n d"]]:
+        """The image embedding and every patch beside it, both in the joint space, from one pass through the tower.
+
+        A patch has no embedding of its own in CLIP; it takes the road of the pooled token: final norm, projection.
+        Source: DIVA (arXiv 2407.20171) reads its visual condition in this way.
+        """
+        pixels, visual = self._pixels(images), self.visual
+        if isinstance(visual, VisionTransformer) and visual.attn_pool is None and visual.pool_type != "none":
+            out = visual.forward_intermediates(pixels, indices=1, normalize_intermediates=True, output_fmt="NLC")
+            return out["image_features"], out["image_intermediates"][0] @ visual.proj
+        if isinstance(visual, TimmModel) and isinstance(visual.trunk, TimmVisionTransformer):
+            trunk = visual.trunk
+            tokens = trunk.forward_features(pixels)
+            patches = trunk.head(trunk.fc_norm(tokens[:, trunk.num_prefix_tokens :]))
+            return visual.head(trunk.forward_head(tokens)), visual.head(patches)
+        raise ValueError(
+            f"backbone.name={self.name} has no patch tokens in the joint space. Choose a CLIP ViT (ViT-B-32, "
+            "ViT-L-14-quickgelu, ...) or a timm ViT (ViT-SO400M-14-SigLIP, ...); ResNet, ConvNeXt and CoCa have none."
+        )
+
+    def encode_text(self, tokens: Int[Tensor, "b l"]) -> Float[Tensor, "b d"]:
+        """Token ids to the joint space, not normalized.
+
+        A causal tower pools at the end-of-text token, the largest id, and nothing after it can change the feature. So
+        the padding is cut off first: a short caption costs a seventh of the full context. open_clip's own forward
+        insists on the full length, hence its four steps are taken here.
+        """
+        text = self.model.text
+        causal = isinstance(text, TextTransformer) and text.attn_mask is not None and text.cls_emb is None
+        if not (causal and text.pool_type == "argmax" and isinstance(text.text_projection, nn.Parameter)):
+            return self.model.encode_text(tokens)
+        length = int(tokens.argmax(dim=1).max()) + 1
+        tokens = tokens[:, :length]
+        x, mask = text._embeds(tokens)
+        x = text.ln_final(text.transformer(x, attn_mask=mask[:length, :length]))
+        return text_global_pool(x, tokens, pool_type="argmax") @ text.text_projection
+
+    def tokenize(self, texts: list[str]) -> Int[Tensor, "b l"]:
+        """Texts to token ids on the model's device, cut to the context length."""
+        return self._tokenizer(texts).to(self.logit_scale.device)
+
+    def save(self, folder: str | Path, dtype: torch.dtype = torch.float16) -> Path:
+        """Write an open_clip folder: what `backbone.name=<folder>` and open_clip's own `local-dir:` load."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        # open_clip's plain CLIP keeps its text tower at the top level; only a "custom text" config has `text.` keys.
+        plain = isinstance(self.text, TextTransformer) and not self.config.get("custom_text", False)
+        state = {key.removeprefix("text.") if plain else key: value for key, value in self.model.state_dict().items()}
+        save_file({key: value.to("cpu", dtype).contiguous() for key, value in state.items()}, folder / WEIGHT_FILES[0])
+        described = {"model_cfg": self.config, "preprocess_cfg": self.preprocess}
+        (folder / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n")
+        return folder
+
+    def _pixels(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 s s"]:
+        """What the tower reads: its own size, mean and deviation. Bicubic overshoots at edges, so it is clamped."""
+        side = self.image_size
+        if images.shape[-2:] != (side, side):
+            images = F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+        return (images - self.mean) / self.std
+
+    @cached_property
+    def _tokenizer(self) -> SimpleTokenizer | HFTokenizer:
+        """Built when the first text comes: some tokenizers live on the hub, and a picture needs none."""
+        text = self.config["text_cfg"]
+        options = text.get("tokenizer_kwargs", {})
+        if (repo := text.get("hf_tokenizer_name")) is None:
+            return SimpleTokenizer(context_length=self.context_length, **options)
+        source = (
+            self.folder if self.folder and list(self.folder.glob("tokenizer*")) else _hub_folder(repo, "*tokenizer*")
+        )
+        return HFTokenizer(str(source), context_length=self.context_length, **options)
+
+
+def _find_folder(name: str) -> Path | None:
+    """The open_clip folder that `backbone.name` points at, if it does."""
+    if name.startswith("hf-hub:"):
+        return _hub_folder(name.removeprefix("hf-hub:"), "*.json", "*.txt", "*.model")
+    folder = Path(name.removeprefix("local-dir:")).expanduser()
+    if (folder / CONFIG_FILE).is_file():
+        return folder
+    if folder.is_dir() or name.startswith("local-dir:"):
+        raise ValueError(f"backbone.name={name} is not an open_clip folder: it holds no {CONFIG_FILE}.")
+    return None
+
+
+def _describe(name: str, folder: Path | None, pretrained: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Architecture and preprocessing, from the folder or from open_clip's lists."""
+    if folder:
+        described = json.loads((folder / CONFIG_FILE).read_text())
+        return described["model_cfg"], asdict(PreprocessCfg(**described.get("preprocess_cfg", {})))
+    config = open_clip.get_model_config(name)
+    if config is None:
+        raise ValueError(
+            f"backbone.name={name} is neither an open_clip architecture nor a folder with {CONFIG_FILE}. "
+            f"Architectures: {', '.join(open_clip.list_models())}"
+        )
+    tags = {tag: open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)}
+    tag = open_clip.get_pretrained_cfg(name, pretrained or "")
+    if tag and tag.get("quick_gelu", False) != config.get("quick_gelu", False):
+        other = name.removesuffix("-quickgelu") if config.get("quick_gelu") else f"{name}-quickgelu"
+        raise ValueError(f"The weights {pretrained} were trained with the other GELU: use backbone.name={other}.")
+    # A file says nothing of its mean and deviation: those that all published weights of this architecture share hold.
+    shared: dict[str, Any] = tag or next(iter(tags.values()), {})
+    if not tag and any(other["mean"] != shared["mean"] or other["std"] != shared["std"] for other in tags.values()):
+        shared = {}
+    return config, merge_preprocess_dict(PreprocessCfg(), shared)
+
+
+def _build(config: dict[str, Any]) -> open_clip.CustomTextCLIP:
+    """An untrained model with separate `.visual` and `.text` towers, whatever the architecture."""
+    config = deepcopy(config)
+    config.pop("custom_text", None)
+    if "timm_model_name" in config["vision_cfg"]:
+        config["vision_cfg"]["timm_model_pretrained"] = False
+    if "hf_model_name" in config["text_cfg"]:
+        config["text_cfg"]["hf_model_pretrained"] = False
+    return (open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP)(**config)
+
+
+def _find_weights(name: str, folder: Path | None, pretrained: str | None) -> Path | None:
+    """The file that `backbone.pretrained` means; None means random weights."""
+    if pretrained == "random" or (pretrained is None and folder is None):
+        return None
+    if pretrained is None:
+        return _hub_weights(name.removeprefix("hf-hub:")) if name.startswith("hf-hub:") else _folder_weights(folder)
+    if Path(pretrained).expanduser().is_file():
+        return Path(pretrained).expanduser()
+    tag = open_clip.get_pretrained_cfg(name, pretrained)
+    if not tag:
+        known = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        raise ValueError(f"backbone.pretrained={pretrained} is neither a file nor a tag of {name}. Its tags: {known}.")
+    if tag.get("hf_hub"):
+        return _hub_weights(tag["hf_hub"])
+    try:
+        return Path(open_clip.download_pretrained(tag))
+    except OSError as error:
+        raise ValueError(_unfetchable(pretrained, error)) from error
+
+
+def _folder_weights(folder: Path | None) -> Path:
+    assert folder is not None
+    for file in WEIGHT_FILES:
+        if (folder / file).is_file():
+            return folder / file
+    raise ValueError(
+        f"{folder} holds none of {', '.join(WEIGHT_FILES)}. For fresh weights: backbone.pretrained=random."
+    )
+
+
+def _hub_weights(repo: str) -> Path:
+    """`org/name/` or `org/name/file`, as open_clip writes it, to a local file; safetensors first."""
+    owner, project, file = [*repo.split("/"), ""][:3]
+    for candidate in (file,) if file else WEIGHT_FILES:
+        if (path := _hub_folder(f"{owner}/{project}", candidate) / candidate).is_file():
+            return path
+    raise ValueError(f"{repo} holds no open_clip weights. Download them and set backbone.pretrained=/path/to/file.")
+
+
+def _hub_folder(repo: str, *patterns: str) -> Path:
+    """Files of a hub repository, from the cache or the network.
+
+    One snapshot call fails within a second when there is no network, where open_clip's download retries for a minute.
+    """
+    try:
+        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=list(patterns)))
+    except (LocalEntryNotFoundError, HfHubHTTPError) as error:
+        raise ValueError(_unfetchable(repo, error)) from error
+
+
+def _unfetchable(source: str, error: Exception) -> str:
+    reason = str(error).splitlines()[0]
+    return (
+        f"Cannot fetch {source} ({reason}). Take the weights from a local file, backbone.pretrained=/path/to/file, "
+        "or everything from an open_clip folder, backbone.name=/path/to/folder."
+    )
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """Weights from a file, without running code from it.
+
+    The one exception is OpenAI's TorchScript archive, which only `torch.jit.load` opens: it builds the archived
+    program, of which nothing but the tensors is used.
+    """
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    if zipfile.is_zipfile(path) and any("/code/" in member for member in zipfile.ZipFile(path).namelist()):
+        return torch.jit.load(path, map_location="cpu").state_dict()
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = state.get("state_dict", state)
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def _load(model: open_clip.CustomTextCLIP, path: Path, name: str, quick_gelu: bool) -> None:
+    """Fill the model from a checkpoint, strictly: open_clip's own loader would stretch position tables silently."""
+    state = _read(path)
+    if any(key in state for key in OPENAI_MARKS) and not quick_gelu:
+        raise ValueError(f"{path} holds OpenAI weights, trained with QuickGELU: use backbone.name={name}-quickgelu.")
+    state = {key: value for key, value in state.items() if key not in OPENAI_MARKS}
+    state = convert_to_custom_text_state_dict(convert_state_dict(model, state))
+    state["logit_scale"] = state["logit_scale"].reshape(model.logit_scale.shape)  # (1,) in some published files
+    own = model.state_dict()
+    for key, fix in {
+        "text.positional_embedding": "set backbone.context_length={rows}",
+        "visual.positional_embedding": "choose the backbone.name of its picture size",
+        "visual.trunk.pos_embed": "choose the backbone.name of its picture size",
+    }.items():
+        if key in state and key in own and state[key].shape != own[key].shape:
+            rows, expected = state[key].shape[-2], own[key].shape[-2]
+            raise ValueError(f"{path}: {key} has {rows} rows, {name} expects {expected}: {fix.format(rows=rows)}.")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit backbone.name={name}: {error}") from error

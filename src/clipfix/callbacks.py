@@ -1,0 +1,47 @@
+"""What a run tells about itself while it trains, beside its losses."""
+
+import resource
+import time
+from typing import Any
+
+import lightning as L
+import torch
+
+
+class Throughput(L.Callback):
+    """Logs `perf/images_per_second` over all ranks, `perf/memory_gb` (peak) and `data/skipped` (broken samples so far).
+
+    The clock runs from one training batch to the next, waiting for data included, and stands still in validation.
+    """
+
+    def __init__(self) -> None:
+        self.images = self.skipped = 0
+        self.started = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.restart()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.images, self.started = 0, time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.images += len(batch["image"])
+        self.skipped += batch["skipped"]
+        if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            seconds = time.perf_counter() - self.started
+            pl_module.log("perf/images_per_second", trainer.world_size * self.images / seconds)
+            pl_module.log("perf/memory_gb", peak_memory_gb())
+            pl_module.log("data/skipped", float(self.skipped), sync_dist=True, reduce_fx="sum")
+            self.restart()
+
+
+def peak_memory_gb() -> float:
+    """The most this process has held: on the GPU where there is one, else in main memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -1,0 +1,290 @@
+"""WebDataset shards in, batches of [0, 1] images and strings out: `ShardData` trains, `samples` reads for benchmarks.
+
+The stream is a chain of passes over all shards. Shuffling happens on undecoded bytes and every random choice is a
+function of (seed, pass, sample), so a position (pass, samples taken) says exactly where a worker stands.
+"""
+
+import copy
+import io
+import itertools
+import json
+import logging
+import random
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import lightning as L
+import torch
+import torch.distributed as dist
+import webdataset as wds
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as tvf
+
+from clipfix.shards import expand, read_shard
+
+log = logging.getLogger(__name__)
+
+IMAGES = ("jpg", "jpeg", "png", "webp")
+PICKS = ("one", "first_sentence", "all", "random")
+
+
+def decode(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Image (RGB), txt and json of one sample; raises on anything broken."""
+    data = next((raw[suffix] for suffix in IMAGES if suffix in raw), None)
+    if data is None:
+        raise ValueError(f"no image ({', '.join(IMAGES)})")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+    record = json.loads(raw.get("json", b"{}"))
+    if not isinstance(record, dict):
+        raise ValueError("its json is not an object")
+    return {"key": raw["__key__"], "image": image, "txt": raw.get("txt", b"").decode().strip(), "json": record}
+
+
+def samples(urls: str | Iterable[str], allow_pipe: bool = False) -> Iterator[dict[str, Any]]:
+    """One decoded pass in stored order: {key, image (PIL), txt, json}; for benchmarks and looking around."""
+    for url in expand(urls, allow_pipe):
+        for raw in read_shard(url):
+            try:
+                yield decode(raw)
+            except Exception as error:
+                log.warning("%s in %s is broken (%s): skipped", raw["__key__"], url, error)
+
+
+def square(image: Image.Image, size: int) -> Float[Tensor, "3 size size"]:
+    """Shorter side to `size` (bicubic), centre crop, [0, 1]: what open_clip does before its mean and std."""
+    return tvf.to_tensor(tvf.center_crop(tvf.resize(image, size, InterpolationMode.BICUBIC), size))
+
+
+@dataclass(frozen=True)
+class Text:
+    """Which text of a sample goes into the batch: `key` says where it lies, `pick` which of several, `k` how many.
+
+    A batch is rectangular, so every sample gives exactly k texts: `all` takes them in order, `random` in an order
+    drawn anew each pass, and both begin again at the first when a sample has fewer than k.
+    """
+
+    key: str
+    pick: str
+    k: int = 1
+
+    def __post_init__(self) -> None:
+        if self.pick not in PICKS:
+            raise ValueError(f"data.texts: pick {self.pick!r} is none of {', '.join(PICKS)}")
+        if self.k < 1 or (self.k > 1 and self.pick in ("one", "first_sentence")):
+            raise ValueError(f"data.texts: k={self.k} with pick={self.pick}: k > 1 needs pick=all or pick=random")
+
+    def draw(self, sample: Mapping[str, Any], rng: random.Random) -> list[str]:
+        found = sample["txt"] if self.key == "txt" else sample["json"].get(self.key)
+        texts = [text.strip() for text in ([found] if isinstance(found, str) else found or []) if text.strip()]
+        if not texts or isinstance(found, dict):
+            raise ValueError(f"no text under {self.key!r} (its json has: {', '.join(sample['json']) or 'nothing'})")
+        "".join(texts).encode()  # json can hold half a surrogate pair, on which tokenizers fail
+        if self.pick == "first_sentence":  # Source: Long-CLIP (arXiv 2403.15378), short caption of its training set
+            texts = [texts[0].split(". ", 1)[0]]
+        elif self.pick == "random":
+            texts = rng.sample(texts, len(texts))
+        return list(itertools.islice(itertools.cycle(texts), self.k))
+
+
+# ------------------------------------------------------------------------------------------------------------- streams
+
+
+class Progress(TypedDict):
+    """Where one rank stands, in plain types so that a checkpoint holding it loads with `weights_only`."""
+
+    turn: int  # the worker whose batch comes next
+    positions: list[list[int]]  # per worker: pass, and raw samples taken of that pass
+
+
+def beginning(workers: int, number: int = 0) -> Progress:
+    """The start of pass `number`; without worker processes the loader itself is the one worker."""
+    return {"turn": 0, "positions": [[number, 0] for _ in range(max(workers, 1))]}
+
+
+def share(shards: list[str], consumer: int, consumers: int) -> Iterator[dict[str, Any]]:
+    """This consumer's part of one pass: whole shards if there is one for everybody, else every n-th sample of each."""
+    if len(shards) >= consumers:
+        return itertools.chain.from_iterable(map(read_shard, shards[consumer::consumers]))
+    return itertools.chain.from_iterable(
+        # shifted from shard to shard, so that remainders do not pile up on the first consumers
+        itertools.islice(read_shard(shard), (consumer + place) % consumers, None, consumers)
+        for place, shard in enumerate(shards)
+    )
+
+
+class ShardStream(IterableDataset):
+    """What one rank reads: endless shuffled passes from `progress` on, or one pass in stored order when it is None.
+
+    `progress` is read anew whenever iteration starts. The loader asks worker 0 first, so the worker whose turn it is
+    takes that place: a resumed run sees the batches that the interrupted one would have seen.
+    """
+
+    def __init__(
+        self,
+        shards: list[str],
+        texts: Mapping[str, Text],
+        image_size: int,
+        seed: int,
+        shuffle: int,
+        rank: int,
+        world: int,
+        progress: Progress | None,
+    ) -> None:
+        self.shards, self.texts, self.image_size = shards, texts, image_size
+        self.seed, self.shuffle, self.rank, self.world, self.progress = seed, shuffle, rank, world, progress
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        info = get_worker_info()
+        slot, workers = (info.id, info.num_workers) if info else (0, 1)
+        start = self.progress or beginning(workers)
+        worker = (slot + start["turn"]) % workers
+        first, taken = start["positions"][worker]
+        skipped, dry = 0, 0
+        for number in itertools.count(first):
+            usable, reason = 0, ""
+            raws = enumerate(self._raws(number, self.rank * workers + worker, self.world * workers), start=1)
+            for index, raw in itertools.islice(raws, taken, None):
+                try:
+                    sample = self._decode(raw, number)
+                except Exception as error:  # broken bytes raise anything; the last reason is told if all are broken
+                    skipped, reason = skipped + 1, f"{raw['__key__']} in {raw['__url__']}: {error}"
+                    log.debug("skipped %s", reason)
+                    continue
+                yield {**sample, "position": (worker, number, index), "skipped": skipped}
+                usable, skipped = usable + 1, 0
+            if self.progress is None:
+                return
+            # An unreadable shard may be all that this pass gave this worker; the next pass deals the shards anew.
+            dry = 0 if usable or taken else dry + 1
+            if dry and (reason or dry > len(self.shards)):
+                raise ValueError(
+                    f"worker {worker} of rank {self.rank} found no usable sample in a whole pass: "
+                    + (reason or "too few for every worker to get one, lower data.workers or the number of devices")
+                )
+            taken = 0
+
+    def _raws(self, number: int, consumer: int, consumers: int) -> Iterator[dict[str, Any]]:
+        if self.progress is None:
+            return share(self.shards, consumer, consumers)
+        order = random.Random(f"{self.seed} {number}").sample(self.shards, len(self.shards))
+        raws = share(order, consumer, consumers)
+        if not self.shuffle:
+            return raws
+        rng = random.Random(f"{self.seed} {number} {consumer}")
+        return wds.shuffle(self.shuffle, initial=self.shuffle, rng=rng)(raws)
+
+    def _decode(self, raw: Mapping[str, Any], number: int) -> dict[str, Any]:
+        sample = decode(raw)
+        texts = {
+            name: text.draw(sample, random.Random(f"{self.seed} {number} {sample['key']} {name}"))
+            for name, text in self.texts.items()
+        }
+        return {"key": sample["key"], "image": square(sample["image"], self.image_size), "texts": texts}
+
+
+def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
+    """Images stacked, texts sample-major; `position` is where the worker stood after the batch's last sample."""
+    return {
+        "key": [sample["key"] for sample in batch],
+        "image": torch.stack([sample["image"] for sample in batch]),
+        "position": batch[-1]["position"],
+        "skipped": sum(sample["skipped"] for sample in batch),
+        **{name: [text for sample in batch for text in sample["texts"][name]] for name in batch[0]["texts"]},
+    }
+
+
+class ShardData(L.LightningDataModule):
+    """Shards for training (endless, so the trainer's `max_steps` ends it) and for selection (one pass), split by rank.
+
+    A checkpoint holds where every worker of every rank stood after the last batch that was trained on, prefetched
+    ones not counted, so a resumed run goes on with exactly the next batch.
+    """
+
+    def __init__(
+        self,
+        train: str | list[str],
+        selection: str | list[str] | None,
+        texts: Mapping[str, Mapping[str, Any] | None],
+        batch_size: int,
+        workers: int,
+        shuffle: int,
+        seed: int,
+        image_size: int,
+        allow_pipe: bool = False,
+        prepare: Callable[[], object] | None = None,
+    ) -> None:
+        super().__init__()
+        self.train, self.selection, self.allow_pipe, self.prepare = train, selection, allow_pipe, prepare
+        self.texts = {name: Text(**text) for name, text in texts.items() if text is not None}
+        self.batch_size, self.workers, self.shuffle = batch_size, workers, shuffle
+        self.seed, self.image_size = seed, image_size
+        self.progress = beginning(workers)
+
+    def prepare_data(self) -> None:
+        """Makes the shards where they are absent; Lightning calls it on one process a machine."""
+        if self.prepare is not None:
+            self.prepare()
+
+    def setup(self, stage: str | None = None) -> None:
+        self.train_shards = expand(self.train, self.allow_pipe)
+        self.selection_shards = expand(self.selection, self.allow_pipe) if self.selection else []
+
+    def train_dataloader(self) -> DataLoader:
+        return self._loader(self.train_shards, self.progress)
+
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        return self._loader(self.selection_shards, None) if self.selection_shards else []
+
+    def _loader(self, shards: list[str], progress: Progress | None) -> DataLoader:
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        stream = ShardStream(
+            shards, self.texts, self.image_size, self.seed, self.shuffle, rank=rank, world=world, progress=progress
+        )
+        return DataLoader(
+            stream,
+            batch_size=self.batch_size,
+            collate_fn=collate,
+            num_workers=self.workers,
+            # One endless iteration needs no persistence; without it, a second one starts from the newest progress.
+            persistent_workers=self.workers > 0 and progress is None,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # the loader draws a seed it never uses: not from the model's random stream
+        )
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Lightning calls this right before a batch is trained on, long after it was prefetched."""
+        if self.trainer is not None and self.trainer.training:
+            self.advance(batch)
+        return batch
+
+    def advance(self, batch: Mapping[str, Any]) -> None:
+        """Records that this batch was trained on."""
+        worker, number, index = batch["position"]
+        self.progress["positions"][worker] = [number, index]
+        self.progress["turn"] = (worker + 1) % len(self.progress["positions"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Every rank's progress; collective, as ranks differ where samples are broken. Lightning calls it on all."""
+        ranks: list[Any] = [copy.deepcopy(self.progress)]
+        if dist.is_initialized():
+            ranks = [None] * dist.get_world_size()
+            dist.all_gather_object(ranks, self.progress)
+        return {"ranks": ranks}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        ranks: list[Progress] = state_dict["ranks"]
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if (len(ranks), len(ranks[0]["positions"])) == (world, max(self.workers, 1)):
+            self.progress.update(copy.deepcopy(ranks[rank]))
+            return
+        number = 1 + max(position[0] for progress in ranks for position in progress["positions"])
+        log.warning("the number of ranks or data.workers changed: data goes on with the start of pass %d", number)
+        self.progress.update(beginning(self.workers, number))

@@ -1,0 +1,245 @@
+"""A frozen latent diffusion model as "latents in, predicted noise out".
+
+Everything is read from the folder that diffusers itself writes (unet/ vae/ text_encoder/ tokenizer/ scheduler/), so any
+Stable Diffusion 1.x or 2.x, from the hub or from disk, gives feedback without a line of code. The tiny generator that
+ships with this package is such a folder too; only its autoencoder, `PatchPCA`, is ours.
+"""
+
+import copy
+import gzip
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, ModelMixin, UNet2DConditionModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from jaxtyping import Float, Int
+from safetensors.torch import save_file
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class PatchPCA(ModelMixin, ConfigMixin):
+    """An autoencoder without training: the principal components of square patches, each scaled by its variance.
+
+    Drawn scenes have few colours and hard edges, so a dozen components of a 4x4 patch keep nearly all of the variance,
+    and a closed form replaces hours of training. Its verbs and outputs are `AutoencoderKL`'s.
+    """
+
+    @register_to_config
+    def __init__(self, patch_size: int, latent_channels: int, whitening: float, scaling_factor: float = 1.0) -> None:
+        super().__init__()
+        self.encoder = nn.Conv2d(3, latent_channels, patch_size, stride=patch_size)
+        self.decoder = nn.ConvTranspose2d(latent_channels, 3, patch_size, stride=patch_size)
+
+    @torch.no_grad()
+    def fit(self, images: Float[Tensor, "b 3 h w"]) -> None:
+        """Set both convolutions from images in [-1, 1]: z_i = u_i . (x - colour mean) / s_i.
+
+        s_i^2 is proportional to variance_i^whitening (1: every component alike, 0: their natural proportions), such that
+        the latents' mean variance is 1, the scale that noise schedules are made for.
+        """
+        size, channels = self.config.patch_size, self.config.latent_channels
+        patches = F.unfold(images.double(), size, stride=size).movedim(1, 2).flatten(0, 1)
+        variance, axes = torch.linalg.eigh(torch.cov(patches.T, correction=0))
+        variance, axes = variance.flip(0)[:channels], axes.flip(1)[:, :channels]
+        scale = variance ** (self.config.whitening / 2)
+        scale = scale * (variance / scale**2).mean().sqrt()
+        colour = images.double().mean((0, 2, 3))
+        encode = (axes / scale).T.unflatten(1, (3, size, size))
+        self.encoder.weight.copy_(encode)
+        self.encoder.bias.copy_(-torch.einsum("kcyx,c->k", encode, colour))
+        self.decoder.weight.copy_((axes * scale).T.unflatten(1, (3, size, size)))
+        self.decoder.bias.copy_(colour)
+
+    def encode(self, images: Float[Tensor, "b 3 h w"]) -> AutoencoderKLOutput:
+        """Latents as a distribution without spread (log-variance -30), so that its mean, mode and samples agree."""
+        mean = self.encoder(images)
+        spread = torch.full_like(mean, -30)
+        return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(torch.cat([mean, spread], 1)))
+
+    def decode(self, latents: Float[Tensor, "b c h w"]) -> DecoderOutput:
+        """Images in [-1, 1]."""
+        return DecoderOutput(sample=self.decoder(latents))
+
+
+class Diffusion(nn.Module):
+    """A frozen latent diffusion model: its parameters get no gradient, what enters it does.
+
+    The text encoder is only needed to embed texts: where those are known in advance, embed them and
+    `del diffusion.text_encoder`.
+
+    Source: latent diffusion, arXiv 2112.10752; the folder layout is diffusers' own.
+    """
+
+    def __init__(self, path: str, revision: str | None = None, dtype: Literal["fp32", "bf16"] = "fp32") -> None:
+        super().__init__()
+        weights: dict[str, Any] = {"use_safetensors": True, "torch_dtype": DTYPES[dtype], "low_cpu_mem_usage": False}
+        try:
+            folder = _folder(path, revision)
+            vae_class = json.loads((folder / "vae/config.json").read_text())["_class_name"]
+            vae = {"PatchPCA": PatchPCA, "AutoencoderKL": AutoencoderKL}[vae_class]
+            self.unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", **weights)
+            self.vae = vae.from_pretrained(folder, subfolder="vae", **weights)
+            self.text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", **weights)
+            self.tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+            # Folders name a sampler; the forward process, all that training needs, is DDPM's in each.
+            self.scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+        except (OSError, HFValidationError) as error:
+            raise ValueError(
+                f"Cannot load the diffusion model {path!r}: {str(error).splitlines()[0]}\nGive a folder in diffusers' "
+                "layout (unet/ vae/ text_encoder/ tokenizer/ scheduler/): diffusion.path=/folder"
+            ) from error
+        self.requires_grad_(False).eval()
+
+        self.prediction_type: str = self.scheduler.config.prediction_type
+        self.num_timesteps: int = self.scheduler.config.num_train_timesteps
+        self.condition_dim: int = self.unet.config.cross_attention_dim
+        self.condition_tokens: int = self.tokenizer.model_max_length
+        # An AutoencoderKL halves the side between each two of its blocks.
+        patch = vae_class == "PatchPCA"
+        shrink = self.vae.config.patch_size if patch else 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.image_size: int = self.unet.config.sample_size * shrink
+
+    def encode(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c y x"]:
+        """Latents of images in [0, 1]: the mean of the autoencoder's posterior, so that a picture has one latent."""
+        if images.shape[-2:] != (self.image_size, self.image_size):
+            images = F.interpolate(images, size=self.image_size, mode="bicubic", antialias=True).clamp(0, 1)
+        posterior = self.vae.encode((2 * images - 1).to(self.vae.dtype)).latent_dist
+        return posterior.mode().float() * self.vae.config.scaling_factor
+
+    def decode(self, latents: Float[Tensor, "b c y x"]) -> Float[Tensor, "b 3 h w"]:
+        """Images in [0, 1] of latents."""
+        images = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    def condition(self, texts: list[str]) -> Float[Tensor, "b t c"]:
+        """What the U-Net attends to: the text encoder's last hidden states; those of "" are the null text."""
+        tokens = self.tokenizer(
+            texts, padding="max_length", max_length=self.condition_tokens, truncation=True, return_tensors="pt"
+        ).input_ids
+        return self.text_encoder(tokens.to(self.text_encoder.device)).last_hidden_state.float()
+
+    def add_noise(
+        self, latents: Float[Tensor, "b c y x"], noise: Float[Tensor, "b c y x"], timesteps: Int[Tensor, " b"]
+    ) -> Float[Tensor, "b c y x"]:
+        """sqrt(abar_t) latents + sqrt(1 - abar_t) noise."""
+        return self.scheduler.add_noise(latents, noise, timesteps)
+
+    def target(
+        self, latents: Float[Tensor, "b c y x"], noise: Float[Tensor, "b c y x"], timesteps: Int[Tensor, " b"]
+    ) -> Float[Tensor, "b c y x"]:
+        """What `predict` should have said: the noise, or v = sqrt(abar_t) noise - sqrt(1 - abar_t) latents.
+
+        Source: v is equation 10 and appendix D of arXiv 2202.00512; Stable Diffusion 2.1 (not 2.1-base) predicts it.
+        """
+        if self.prediction_type == "v_prediction":
+            return self.scheduler.get_velocity(latents, noise, timesteps)
+        return noise
+
+    def predict(
+        self,
+        noisy: Float[Tensor, "b c y x"],
+        timesteps: Int[Tensor, " b"],
+        condition: Float[Tensor, "b t c"],
+    ) -> Float[Tensor, "b c y x"]:
+        """The U-Net's answer, in fp32; its condition may have any number of tokens."""
+        dtype = self.unet.dtype
+        return self.unet(noisy.to(dtype), timesteps, encoder_hidden_states=condition.to(dtype)).sample.float()
+
+    @torch.no_grad()
+    def sample(
+        self, texts: list[str], steps: int, guidance: float, generator: torch.Generator
+    ) -> Float[Tensor, "b 3 h w"]:
+        """Images drawn from texts by DDIM with classifier-free guidance (1: none), for people to look at.
+
+        Source: DDIM, arXiv 2010.02502; guidance, arXiv 2207.12598.
+        """
+        scheduler = DDIMScheduler.from_config(self.scheduler.config)
+        scheduler.set_timesteps(steps, device=self.unet.device)
+        text, null = self.condition(texts), self.condition([""] * len(texts))
+        shape = (len(texts), self.unet.config.in_channels, self.unet.config.sample_size, self.unet.config.sample_size)
+        latents = torch.randn(shape, generator=generator, device=generator.device).to(self.unet.device)
+        for timestep in scheduler.timesteps:
+            with_text, without = (self.predict(latents, timestep, condition) for condition in (text, null))
+            guided = without + guidance * (with_text - without)
+            latents = scheduler.step(guided, timestep, latents).prev_sample
+        return self.decode(latents)
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype) -> None:
+        """Write the folder that the constructor reads, weights in `dtype`."""
+        _write(folder, dtype, self.unet, self.vae, self.text_encoder, self.tokenizer, self.scheduler)
+
+
+def blank(
+    folder: str, unet: dict[str, Any], vae: dict[str, Any], text_encoder: dict[str, Any], scheduler: dict[str, Any]
+) -> Diffusion:
+    """A generator with random weights, written to `folder` first: where pretraining starts.
+
+    The dictionaries hold what the classes of diffusers and transformers take. Token embeddings start at zero: rows of
+    words that training never meets stay there, and the 49,408 rows of CLIP's vocabulary compress to the few that occur.
+    """
+    text_model = CLIPTextModel(CLIPTextConfig(**text_encoder))
+    nn.init.zeros_(text_model.get_input_embeddings().weight)
+    tokenizer = clip_tokenizer(text_model.config.max_position_embeddings)
+    parts = UNet2DConditionModel(**unet), PatchPCA(**vae), text_model, tokenizer, DDPMScheduler(**scheduler)
+    _write(folder, torch.float32, *parts)
+    return Diffusion(folder)
+
+
+def clip_tokenizer(context_length: int) -> CLIPTokenizer:
+    """CLIP's byte-pair vocabulary as transformers spells it, from the merges file that open_clip ships.
+
+    The order is that of OpenAI's release: 256 byte symbols, the same as word ends, one word piece a merge, two marks.
+    """
+    packed = files("open_clip") / "bpe_simple_vocab_16e6.txt.gz"
+    lines = gzip.decompress(packed.read_bytes()).decode().split("\n")
+    merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]
+    symbols = sorted(ByteLevel.alphabet())
+    pieces = symbols + [s + "</w>" for s in symbols] + ["".join(merge) for merge in merges]
+    vocab = {piece: index for index, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=context_length)
+
+
+def _folder(path: str, revision: str | None) -> Path:
+    """The local folder of a diffusers model; from the hub only the files that are read here."""
+    if Path(path).is_dir():
+        return Path(path)
+    wanted = ["unet/*", "vae/*", "text_encoder/*", "tokenizer/*", "scheduler/*"]
+    unwanted = ["*.bin", "*.msgpack", "*.fp16.*", "*.non_ema.*"]
+    return Path(snapshot_download(path, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
+
+
+def _write(
+    folder: str | Path,
+    dtype: torch.dtype,
+    unet: UNet2DConditionModel,
+    vae: PatchPCA | AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    scheduler: DDPMScheduler,
+) -> None:
+    folder = Path(folder)
+    for model, name in ((unet, "unet"), (vae, "vae")):
+        nn.Module.to(copy.deepcopy(model), dtype).save_pretrained(folder / name)  # diffusers' own `to` warns of nothing
+    scheduler.save_pretrained(folder / "scheduler")
+    # tokenizer.json holds vocabulary and merges once more, at twice the size, and transformers 4 does without it.
+    for name in tokenizer.save_pretrained(folder / "tokenizer"):
+        if name.endswith("tokenizer.json"):
+            Path(name).unlink()
+    tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))
+    # transformers 5 writes keys without the prefix that every Stable Diffusion folder has and transformers 4 needs.
+    prefix = "text_model."
+    state = {prefix + key.removeprefix(prefix): tensor.to(dtype) for key, tensor in text_encoder.state_dict().items()}
+    text_encoder.config.save_pretrained(folder / "text_encoder")
+    save_file(state, folder / "text_encoder/model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,34 @@
+"""Benchmarks: a backbone in, {name: percent} out.
+
+`evaluate` runs a keyed set of them as `conf/eval/*.yaml` lists it. Each file holds one benchmark.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+from rich.progress import track
+
+from clipfix.backbone import Backbone
+from clipfix.evals.embed import Features, scoring
+
+
+class Benchmark(ABC):
+    """One yardstick. A subclass writes `__init__` (bound from yaml) and `score`."""
+
+    def __call__(self, backbone: Backbone) -> dict[str, float]:
+        with scoring(backbone) as features:
+            return self.score(features)
+
+    @abstractmethod
+    def score(self, features: Features) -> dict[str, float]:
+        """Metrics by name, in percent, from the features of a backbone."""
+
+
+def evaluate(backbone: Backbone, benchmarks: Mapping[str, Benchmark]) -> dict[str, float]:
+    """`eval/<benchmark>/<metric>` of every benchmark, each shard set embedded once; the backbone is left untouched."""
+    with scoring(backbone) as features:
+        return {
+            f"eval/{name}/{metric}": value
+            for name, benchmark in track(benchmarks.items(), "Scoring", len(benchmarks), transient=True)
+            for metric, value in benchmark.score(features).items()
+        }

@@ -1,0 +1,66 @@
+"""Retrieval: find the caption of a picture among all captions, and the picture of a caption among all pictures."""
+
+from collections.abc import Mapping, Sequence
+from random import Random
+from statistics import fmean
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torchmetrics.functional.retrieval import retrieval_hit_rate
+
+from clipfix.data import Text
+from clipfix.evals import Benchmark
+from clipfix.evals.embed import Features
+
+CHUNK = 256  # queries a matmul: at 31k x 155k the whole score matrix would take 19 GB
+
+
+def recall(
+    queries: Float[Tensor, "q d"],
+    gallery: Float[Tensor, "g d"],
+    query_picture: Int[Tensor, " q"],
+    gallery_picture: Int[Tensor, " g"],
+    at: Sequence[int],
+) -> dict[int, float]:
+    """Share of queries, in percent, with at least one match among their k nearest.
+
+    With several captions a picture, any one of them is a hit. Source: clip_benchmark, `zeroshot_retrieval`.
+    """
+    hits = []
+    for query, picture in zip(queries.split(CHUNK), query_picture.split(CHUNK), strict=True):
+        nearest = (query @ gallery.T).topk(min(max(at), len(gallery)))
+        match = gallery_picture[nearest.indices] == picture[:, None]
+        for scores, relevant in zip(nearest.values.cpu(), match.cpu(), strict=True):
+            hits.append(torch.stack([retrieval_hit_rate(scores, relevant, top_k=k) for k in at]))
+    return dict(zip(at, (100 * torch.stack(hits).mean(dim=0)).tolist(), strict=True))
+
+
+class Retrieval(Benchmark):
+    """R@k both ways, with the captions that `text` picks (`key`, `pick`, `k`: as data.texts does in training)."""
+
+    def __init__(
+        self,
+        shards: str | Sequence[str] | None,
+        text: Mapping[str, Any],
+        recall_at: Sequence[int],
+        allow_pipe: bool = False,
+    ) -> None:
+        self.shards, self.text, self.recall_at, self.allow_pipe = shards, Text(**text), list(recall_at), allow_pipe
+
+    def score(self, features: Features) -> dict[str, float]:
+        images, samples = features.images(self.shards, self.allow_pipe)
+        captions = [self.text.draw(sample, Random(sample["key"])) for sample in samples]
+        texts = features.texts([caption for several in captions for caption in several])
+        picture = torch.arange(len(images), device=images.device)
+        owner = picture.repeat_interleave(self.text.k)
+        scores = {
+            f"{direction}_R@{k}": score
+            for direction, recalls in (
+                ("image_to_text", recall(images, texts, picture, owner, self.recall_at)),
+                ("text_to_image", recall(texts, images, owner, picture, self.recall_at)),
+            )
+            for k, score in recalls.items()
+        }
+        return {"mean": fmean(scores.values()), **scores}

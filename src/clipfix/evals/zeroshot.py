@@ -1,0 +1,44 @@
+"""Zero-shot classification: the class whose prompts lie nearest, no training."""
+
+from collections.abc import Mapping, Sequence
+from typing import TypedDict
+
+import torch
+from torch.nn.functional import normalize
+from torchmetrics.functional.classification import multiclass_accuracy
+
+from clipfix.evals import Benchmark
+from clipfix.evals.embed import Features
+from clipfix.evals.labels import labels
+
+
+class Question(TypedDict):
+    """The classes of one factor, and the templates that turn each into prompts; `{}` is the class."""
+
+    classes: Sequence[str]
+    templates: Sequence[str]
+
+
+class ZeroShot(Benchmark):
+    """Accuracy per factor with an ensemble of templates.
+
+    A class is the normalized mean of its normalized prompts. Source: Radford et al. 2021 (arXiv 2103.00020), 3.1.4;
+    the same vector as `zero_shot_classifier` of clip_benchmark.
+    """
+
+    def __init__(self, shards: str | Sequence[str], questions: Mapping[str, Question]) -> None:
+        self.shards, self.questions = shards, questions
+
+    def score(self, features: Features) -> dict[str, float]:
+        images, samples = features.images(self.shards)
+        scores = {}
+        for factor, question in self.questions.items():
+            classes, templates = list(question["classes"]), question["templates"]
+            prompts = features.texts([template.format(name) for name in classes for template in templates])
+            heads = normalize(prompts.unflatten(0, (len(classes), len(templates))).mean(dim=1), dim=-1)
+            asked = labels(samples, factor)
+            truth = torch.tensor([classes.index(name) for name in asked.values()], device=images.device)
+            similarity = images[list(asked)] @ heads.T
+            right = multiclass_accuracy(similarity, truth, num_classes=len(classes), average="micro")
+            scores[factor] = 100 * right.item()
+        return scores

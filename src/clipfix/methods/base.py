@@ -1,0 +1,156 @@
+"""The contract every method meets: say what trains, and return named loss terms for a batch."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
+from torch.optim.lr_scheduler import LambdaLR
+
+from clipfix.backbone import Backbone
+
+MAX_LOGIT_SCALE = math.log(100)  # CLIP (arXiv 2103.00020), section 2.5: the temperature is kept from growing further.
+
+
+class Method(L.LightningModule, ABC):
+    """Everything that all repairs share, so that a method is its `__init__` and its `loss(batch)`.
+
+    `optimizer` names one of torch.optim and its settings, null ones left out. The learning rate warms up linearly over
+    `warmup_steps` and falls to zero along a cosine at `steps`, counted in optimizer steps.
+    """
+
+    # A checkpoint holds trained weights only; `on_load_checkpoint` checks that they are exactly those trained here.
+    strict_loading = False
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        optimizer: dict[str, Any],
+        steps: int,
+        warmup_steps: int,
+    ):
+        super().__init__()
+        if not 0 <= warmup_steps <= steps:
+            raise ValueError(f"method.warmup_steps is {warmup_steps}: set it between 0 and method.steps ({steps}).")
+        self.backbone = backbone
+        if not hasattr(torch.optim, optimizer["name"]):
+            raise ValueError(f"method.optimizer.name is {optimizer['name']}: name a class of torch.optim, as in AdamW.")
+        self.optimizer_settings = {key: value for key, value in optimizer.items() if value is not None}
+        self.steps = steps
+        self.warmup_steps = warmup_steps
+        self.seed = torch.initial_seed()
+        self.batches_seen = 0
+        self.config_yaml = ""
+
+    @abstractmethod
+    def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Named loss terms of this rank's batch; the step minimizes their sum."""
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the images a batch must carry."""
+        return self.backbone.image_size
+
+    # -- one step ---------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        self.seed_draws(self.batches_seen)
+        terms = self.loss(batch)
+        self.batches_seen += 1
+        return self.log_terms("train", terms, len(batch["image"]), on_step=True, on_epoch=False)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        # The same draws at every check, so that two checks differ by the weights alone.
+        self.seed_draws(batch_idx)
+        self.log_terms("val", self.loss(batch), len(batch["image"]), on_step=False, on_epoch=True)
+
+    def log_terms(self, stage: str, terms: dict[str, Tensor], batch_size: int, **when: bool) -> Tensor:
+        total = torch.stack(list(terms.values())).sum()
+        for name, value in {**terms, "loss": total}.items():
+            self.log(f"{stage}/{name}", value.detach(), batch_size=batch_size, sync_dist=True, **when)
+        self.log(f"{stage}/loss_bar", total.detach(), prog_bar=True, logger=False, batch_size=batch_size, **when)
+        return total
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        with torch.no_grad():
+            self.backbone.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+
+    # -- randomness: the draws of step n depend on (seed, n) alone, so a resumed run repeats an uninterrupted one ------
+
+    def seed_draws(self, batch_number: int) -> None:
+        state = np.random.SeedSequence([self.seed % 2**63, batch_number]).generate_state(1, np.uint64)
+        self.generator = torch.Generator(self.device).manual_seed(int(state[0] >> 1))
+
+    def draw(self, sampler: Callable[..., Tensor], *args: Any, rows: int, shape: tuple[int, ...] = ()) -> Tensor:
+        """This rank's rows of `sampler(*args, (joined batch, *shape))`: two ranks draw what one rank would."""
+        joined = sampler(*args, (rows * self.world_size, *shape), generator=self.generator, device=self.device)
+        return joined[rows * self.rank : rows * (self.rank + 1)]
+
+    # -- ranks --------------------------------------------------------------------------------------------------------
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size() if dist.is_initialized() else 1
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank() if dist.is_initialized() else 0
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of every rank, joined, with gradient: backward sums over ranks what DDP then averages."""
+        return torch.cat(all_gather(rows.contiguous())) if self.world_size > 1 else rows
+
+    # -- what trains --------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        settings = dict(self.optimizer_settings)
+        optimizer = getattr(torch.optim, settings.pop("name"))(parameter_groups(self), **settings)
+        schedule = LambdaLR(optimizer, lambda step: warmup_cosine(step, self.warmup_steps, self.steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def trained_names(self) -> set[str]:
+        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trained = self.trained_names()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        checkpoint["batches_seen"] = self.batches_seen
+        checkpoint["config_yaml"] = self.config_yaml
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if wrong := self.trained_names() ^ checkpoint["state_dict"].keys():
+            raise ValueError(
+                f"The checkpoint trains other weights than this config does ({len(wrong)} differ, e.g. {min(wrong)}). "
+                "Use the method and backbone of the run that wrote it; its config is stored in it as config_yaml."
+            )
+        self.batches_seen = checkpoint["batches_seen"]
+
+
+def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Trained parameters in two groups: matrices decay; norms, biases, scalars and embedding tables do not.
+
+    Source: CLIP (arXiv 2103.00020), section 2.5, decays "all weights that are not gains or biases"; tables of
+    positions and the class token join them here, because decay would pull rows that a batch never reads to zero.
+    """
+    decay, keep = [], []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            is_table = name.endswith(("positional_embedding", "class_embedding", "pos_embed"))
+            (keep if parameter.ndim < 2 or is_table else decay).append(parameter)
+    groups = [{"params": decay}, {"params": keep, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def warmup_cosine(step: int, warmup_steps: int, steps: int) -> float:
+    """Factor on the learning rate at optimizer step `step`: linear from 1 / warmup_steps, then half a cosine to 0."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return (1 + math.cos(math.pi * min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps)))) / 2

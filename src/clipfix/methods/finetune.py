@@ -1,0 +1,54 @@
+"""Plain CLIP fine-tuning: the control every repair is measured against, and the template to copy."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipfix.backbone import Backbone
+from clipfix.functional.contrastive import contrastive_loss
+from clipfix.methods.base import Method
+
+PARTS = ("visual", "text", "logit_scale")
+
+
+class Finetune(Method):
+    """Contrastive training of the towers named in `train`; whatever is not named stays as it is.
+
+    `train: [visual]` is the ceiling that picture-side feedback is judged by: the same tower, supervised.
+
+    Source: CLIP (arXiv 2103.00020), figure 3.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        train: list[str],
+        label_smoothing: float,
+        optimizer: dict[str, Any],
+        steps: int,
+        warmup_steps: int,
+    ):
+        super().__init__(backbone, optimizer, steps, warmup_steps)
+        if not train or not set(train) <= set(PARTS):
+            raise ValueError(f"method.train is {list(train)}: name at least one of {', '.join(PARTS)}.")
+        self.label_smoothing = label_smoothing
+        backbone.requires_grad_(False)
+        for part in train:
+            getattr(backbone, part).requires_grad_(True)
+
+    def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        tokens = self.backbone.tokenize(batch["caption"])
+        image = F.normalize(self.backbone.encode_image(batch["image"]), dim=-1)
+        text = F.normalize(self.backbone.encode_text(tokens), dim=-1)
+        return {
+            "contrastive": contrastive_loss(
+                image,
+                text,
+                all_image=self.gather(image),
+                all_text=self.gather(text),
+                scale=self.backbone.logit_scale.exp(),
+                first_row=self.rank * len(image),
+                label_smoothing=self.label_smoothing,
+            )
+        }

@@ -1,0 +1,141 @@
+"""What a run leaves behind: a before/after table on screen, results as json, pictures as PNG, all of it in W&B too."""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
+
+    from clipfix.evals import Benchmark
+
+GREY, BLUE = "#b8bec9", "#3a6ea5"
+Scores = dict[str, float]
+
+
+def write(
+    folder: Path,
+    scores: dict[str, Scores],
+    benchmarks: Mapping[str, "Benchmark"],
+    facts: dict[str, Any],
+    loggers: Sequence["Logger"] = (),
+) -> None:
+    """Table, results.json and pictures of the scores taken (`before`, `after`), in the run folder and every logger."""
+    (folder / "results.json").write_text(json.dumps({**facts, "scores": scores}, indent=2) + "\n")
+    figures = {"scores": bars(scores), "curves": curves(folder / "metrics.csv")}
+    figures |= {name: benchmark.figure(list(scores)) for name, benchmark in benchmarks.items()}
+    pictures = {name: save(figure, folder / f"{name}.png") for name, figure in figures.items() if figure}
+    for logger in loggers:
+        if hasattr(logger, "log_image"):
+            for name, path in pictures.items():
+                logger.log_image(f"report/{name}", [str(path)])
+            logger.log_table(
+                "report/scores", columns=["score", *scores], data=[[row, *values] for row, values in rows(scores)]
+            )
+    Console().print(table(scores))
+    Console().print(f"Run folder: {folder}", soft_wrap=True)
+
+
+def save(figure: Figure, path: Path) -> Path:
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    return path
+
+
+def rows(scores: dict[str, Scores]) -> list[tuple[str, list[float]]]:
+    """(score, [value of each column]) in the order of the first column."""
+    return [
+        (name.removeprefix("eval/"), [column[name] for column in scores.values()])
+        for name in next(iter(scores.values()))
+    ]
+
+
+def table(scores: dict[str, Scores]) -> Table:
+    """Benchmarks as sections, metrics as rows; the last column is what the run changed."""
+    shown = Table(title="Scores in percent", title_justify="left")
+    shown.add_column("benchmark")
+    shown.add_column("metric")
+    for column in scores:
+        shown.add_column(column, justify="right")
+    change = len(scores) == 2
+    if change:
+        shown.add_column("change", justify="right")
+    last = None
+    for name, values in rows(scores):
+        benchmark, metric = name.split("/", 1)
+        if last not in (None, benchmark):
+            shown.add_section()
+        cells = [f"{value:.1f}" for value in values]
+        if change:
+            difference = values[1] - values[0]
+            cells.append(f"{difference:+.1f}" if abs(difference) >= 0.05 else "0.0")
+        shown.add_row("" if benchmark == last else benchmark, metric.replace("_", " "), *cells)
+        last = benchmark
+    return shown
+
+
+def bars(scores: dict[str, Scores]) -> Figure | None:
+    """Before/after bars, one panel a benchmark."""
+    panels: dict[str, list[tuple[str, list[float]]]] = {}
+    for name, values in rows(scores):
+        benchmark, metric = name.split("/", 1)
+        if metric != "ties":
+            panels.setdefault(benchmark, []).append((metric.replace("_", " "), values))
+    if not panels:
+        return None
+    heights = [len(metrics) for metrics in panels.values()]
+    figure = Figure(figsize=(8, 0.32 * sum(heights) + 0.6 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights, sharex=True)[:, 0]
+    for axis, (benchmark, metrics) in zip(axes, panels.items(), strict=True):
+        labels = [metric for metric, _ in metrics]
+        for i, (column, colour) in enumerate(zip(scores, (GREY, BLUE), strict=False)):
+            places = [row + 0.19 * (2 * i - len(scores) + 1) for row in range(len(labels))]
+            axis.barh(places, [values[i] for _, values in metrics], height=0.38, color=colour, label=column)
+        axis.set(yticks=range(len(labels)), yticklabels=labels, xlim=(0, 100))
+        axis.set_title(benchmark.replace("_", " "), loc="left", fontsize=10, fontweight="bold")
+        axis.invert_yaxis()
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
+    axes[-1].set_xlabel("percent")
+    return figure
+
+
+def curves(metrics_csv: Path) -> Figure | None:
+    """Every loss, selection score and rate that the csv logger wrote, against the optimizer step."""
+    if not metrics_csv.exists():
+        return None
+    lines: dict[str, list[tuple[int, float]]] = {}
+    with metrics_csv.open() as file:
+        for record in csv.DictReader(file):
+            for name, value in record.items():
+                if value and name.split("/")[0] in ("train", "val", "selection", "perf"):
+                    lines.setdefault(name, []).append((int(record["step"]), float(value)))
+    if not lines:
+        return None
+    # train/x and val/x share a panel: their distance is what one looks for.
+    panels: dict[str, list[str]] = {}
+    for name in lines:
+        stage, metric = name.split("/", 1)
+        panels.setdefault(metric if stage in ("train", "val") else name, []).append(name)
+    across = min(3, len(panels))
+    down = -(-len(panels) // across)
+    figure = Figure(figsize=(4 * across, 2.6 * down), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False).flat
+    for axis, (title, names) in zip(axes, panels.items(), strict=False):
+        for name, colour in zip(names, (BLUE, "#d1495b"), strict=False):
+            axis.plot(
+                *zip(*lines[name], strict=True), color=colour, marker="." if len(lines[name]) < 20 else "", label=name
+            )
+        axis.set_title(title.replace("_", " "), fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+        if len(names) > 1:
+            axis.legend(frameon=False, fontsize=8)
+    for axis in list(figure.axes)[len(panels) :]:
+        axis.remove()
+    figure.supxlabel("step", fontsize=9)
+    return figure

@@ -1,0 +1,171 @@
+"""The world on disk: ordinary WebDataset shards, drawn on first use, the same bytes for the same seed.
+
+Why a hash decides the split: a ground truth belongs to one split for good, so no picture can be in two of them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from random import Random
+from typing import Any, Literal
+
+from rich.progress import track
+
+from clipfix.scenes.drawing import draw
+from clipfix.scenes.words import captions, pairs
+from clipfix.scenes.world import PATTERNS, WORLD, Scene, factors, look_alike, sample
+
+Split = Literal["train", "selection", "test"]
+
+SHARES: tuple[Split, ...] = ("train",) * 6 + ("selection",) * 2 + ("test",) * 2
+SERIES = 4  # a train scene and three looks at it, each with another factor changed
+SHARD = 512  # train scenes in a shard; the other splits are one shard each
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard, drawn on its own: what it holds depends on nothing but this."""
+
+    split: Split
+    pairs: bool
+    index: int
+    size: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{'pairs-' if self.pairs else ''}{self.split}-{self.index:05d}"
+
+
+def prepare(
+    root: str | Path, seed: int, train: int, selection: int, test: int,
+    pairs_selection: int, pairs_test: int, processes: int = 2,
+) -> Path:  # fmt: skip
+    """The folder of shards, drawn now if it is not there; sizes are scenes, and pairs per MMVP pattern.
+
+    Several processes may call it at once: each draws into a folder of its own, and the first to finish is kept.
+    """
+    root = Path(root)
+    if train % SERIES:
+        raise ValueError(f"train scenes come in series of {SERIES}, {train} does not divide: set data.prepare.train")
+    info = {
+        "world": WORLD, "seed": seed, "train": train, "selection": selection, "test": test,
+        "pairs_selection": pairs_selection, "pairs_test": pairs_test,
+    }  # fmt: skip
+    if root.is_dir() and any(root.iterdir()):
+        return _verified(root, info)
+    jobs = [Job("train", False, i, min(SHARD, train - start), seed) for i, start in enumerate(range(0, train, SHARD))]
+    jobs += [Job("selection", False, 0, selection, seed), Job("test", False, 0, test, seed)]
+    jobs += [Job("selection", True, 0, pairs_selection, seed), Job("test", True, 0, pairs_test, seed)]
+    root.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    try:
+        draft.chmod(0o755)
+        # Spawned, not forked: the caller may run threads. Nothing imported here loads torch, so starting is quick.
+        with multiprocessing.get_context("spawn").Pool(processes) as pool:
+            drawn = pool.imap_unordered(partial(write, draft), jobs)
+            for _ in track(drawn, description=f"drawing {root}", total=len(jobs)):
+                pass
+        (draft / "info.json").write_text(json.dumps(info, indent=1) + "\n")
+        try:
+            draft.rename(root)
+        except OSError:  # another process was first
+            return _verified(root, info)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return root
+
+
+def _verified(root: Path, info: dict[str, int]) -> Path:
+    try:
+        found = json.loads((root / "info.json").read_text())
+    except FileNotFoundError:
+        found = None
+    if found != info:
+        raise ValueError(
+            f"{root} holds {found}, asked for {info}: delete the folder or set data.prepare.root to another"
+        )
+    return root
+
+
+def write(folder: Path, job: Job) -> None:
+    """One shard. The standard library's tar: its entries carry no time and no user, and it does not import torch."""
+    with tarfile.open(folder / f"{job.name}.tar", "w") as tar:
+        for index, (scene, extra) in enumerate(_scenes(job)):
+            key = f"{job.name}-{index:04d}"
+            texts = captions(scene, Random(f"{job.seed}/{key}"))
+            record = {
+                "caption": texts["short"], "long": texts["long"], "captions": texts["captions"],
+                "scene": scene.to_dict(), "factors": factors(scene), **extra,
+            }  # fmt: skip
+            picture = io.BytesIO()
+            draw(scene).save(picture, "png")
+            parts = {"png": picture.getvalue(), "txt": texts["short"].encode(), "json": json.dumps(record).encode()}
+            for extension, content in parts.items():
+                member = tarfile.TarInfo(f"{key}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def _scenes(job: Job) -> Iterator[tuple[Scene, dict[str, Any]]]:
+    """What a shard holds, in order."""
+    rng = Random(f"{job.seed}/{job.name}")
+    if job.pairs:
+        for number, pattern in enumerate(pattern for pattern in PATTERNS for _ in range(job.size)):
+            first, first_statement, second, second_statement = _own_pair(rng, pattern, job.split)
+            yield first, {"pattern": pattern, "statement": first_statement, "pair": number}
+            yield second, {"pattern": pattern, "statement": second_statement, "pair": number}
+    elif job.split == "train":
+        for number in range(job.size // SERIES):
+            for scene in series(rng):
+                yield scene, {"series": job.index * SHARD // SERIES + number}
+    else:
+        seen: set[bytes] = set()
+        while len(seen) < job.size:
+            scene = sample(rng)
+            if split_of(scene) == job.split and _truth(scene) not in seen:
+                seen.add(_truth(scene))
+                yield scene, {}
+
+
+def _own_pair(rng: Random, pattern: str, split: Split) -> tuple[Scene, str, Scene, str]:
+    while True:
+        pair = pairs(rng, pattern)
+        if split_of(pair[0]) == split_of(pair[2]) == split:
+            return pair
+
+
+def series(rng: Random) -> list[Scene]:
+    """A train scene and three looks at it, each changed after another pattern: hard negatives, when read in order."""
+    while True:
+        base = sample(rng)
+        if split_of(base) != "train":
+            continue
+        looks = [base]
+        for pattern in rng.sample(sorted(PATTERNS), len(PATTERNS)):
+            look = look_alike(base, pattern, rng)
+            if look and split_of(look) == "train":
+                looks.append(look)
+            if len(looks) == SERIES:
+                return looks
+
+
+def split_of(scene: Scene) -> Split:
+    """The one split that may show this ground truth."""
+    return SHARES[int.from_bytes(_truth(scene)) % len(SHARES)]
+
+
+def _truth(scene: Scene) -> bytes:
+    """A name for what is drawn, whatever the jitter."""
+    plain = replace(scene, jitter=())
+    return blake2b(json.dumps(plain.to_dict()).encode(), digest_size=8).digest()

@@ -1,0 +1,99 @@
+"""Shard urls in, undecoded samples out; everything that can be wrong with a file, a server or a tar is met here."""
+
+import glob
+import logging
+import shutil
+import tarfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import fsspec
+import webdataset as wds
+from braceexpand import braceexpand
+from webdataset.tariterators import group_by_keys
+
+log = logging.getLogger(__name__)
+
+
+def expand(urls: str | Iterable[str], allow_pipe: bool = False) -> list[str]:
+    """One url per shard, from paths, globs, folders, brace ranges, `pipe:` commands and http(s), s3, ... urls.
+
+    Whatever cannot be read later is refused here, before any training: a path or glob that matches nothing, a
+    protocol whose package is missing, a shell command that the config does not allow.
+    """
+    entries = [urls] if isinstance(urls, str) else list(urls)
+    shards = [shard for entry in entries for url in braceexpand(entry) for shard in _resolve(url, allow_pipe)]
+    if missing := [shard for shard in shards if not urlsplit(shard).scheme and not Path(shard).is_file()]:
+        raise ValueError(
+            f"{len(missing)} of {len(shards)} shards of {entries} do not exist, first {missing[0]!r} "
+            f"(working folder {Path.cwd()}): correct data.train / data.selection"
+        )
+    return shards
+
+
+def _resolve(url: str, allow_pipe: bool) -> list[str]:
+    scheme = urlsplit(url).scheme
+    if scheme == "pipe" and not allow_pipe:
+        raise ValueError(f"{url!r} runs a shell command: set data.allow_pipe=true if you trust it")
+    if scheme in ("http", "https") and shutil.which("curl") is None:
+        raise ValueError(f"{url!r} is read through curl, which is not installed: install curl or download the shard")
+    if scheme and scheme != "file" and scheme not in wds.gopen_schemes:
+        try:
+            fsspec.get_filesystem_class(scheme)
+        except (ImportError, ValueError) as error:
+            raise ValueError(
+                f"{url!r} cannot be read ({error}). For s3: pip install 'clipfix[s3]', "
+                f"or data.allow_pipe=true with 'pipe:aws s3 cp {url} -'"
+            ) from None
+    if scheme:
+        return [url]
+    path = Path(url).expanduser()
+    if path.is_dir():  # as img2dataset leaves it: its parquet and json files beside the shards are not ours to read
+        pattern = str(Path(glob.escape(str(path))) / "*.tar")
+    elif glob.has_magic(url) and not path.exists():
+        pattern = str(path)
+    else:
+        return [str(path)]
+    if not (shards := sorted(glob.glob(pattern, recursive=True))):
+        raise ValueError(f"no shard matches {pattern!r} (working folder {Path.cwd()}): correct the path, or pack one")
+    return shards
+
+
+class _StrictMember(tarfile.TarInfo):
+    """A tar header that says when it is damaged: tarfile alone takes damage, and a missing end, for the end."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> "_StrictMember":
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.HeaderError as error:
+            if isinstance(error, tarfile.EOFHeaderError):  # type: ignore[attr-defined]
+                raise
+            raise tarfile.ReadError(f"damaged or cut off, {error}") from None
+
+
+def read_shard(url: str) -> Iterator[dict[str, Any]]:
+    """The samples of one shard, undecoded; a broken shard gives what can be read of it and one line in the log."""
+
+    def broken(error: Exception) -> bool:
+        log.warning("shard %s is broken (%s): using its readable part", url, error)
+        return True  # webdataset's word for: go on
+
+    def members() -> Iterator[dict[str, Any]]:
+        try:
+            known = urlsplit(url).scheme in ("", "file", *wds.gopen_schemes)
+            stream = wds.gopen(url) if known else fsspec.open(url, "rb").open()
+            with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictMember) as tar:
+                for member in tar:
+                    if member.isreg() and (file := tar.extractfile(member)):
+                        yield {"fname": member.name, "data": file.read(), "__url__": url}
+                    tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header it has seen
+            while stream.read(1 << 20):  # to the end, so that a failed command or download shows in its exit status
+                pass
+            stream.close()
+        except Exception as error:  # whatever a file, a network or a command can throw ends this shard, not the run
+            broken(error)
+
+    yield from group_by_keys(members(), handler=broken)

@@ -1,0 +1,56 @@
+"""A backbone whose every embedding is written by the test, and shards to go with it."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import webdataset as wds
+from PIL import Image
+from torch import Tensor, nn
+
+from clipfix.backbone import Backbone
+
+
+class Planted(Backbone):
+    """Picture i is `images[i]`, a text is `texts[text]`; both pass an identity layer and dropout, as if it trained."""
+
+    image_size = 8
+    context_length = 1
+
+    def __init__(self, images: Tensor, texts: dict[str, Tensor]) -> None:
+        nn.Module.__init__(self)
+        self.words = list(texts)
+        self.images, self.vectors = images, torch.stack(list(texts.values()))
+        self.layer = nn.Linear(images.shape[1], images.shape[1], bias=False)
+        nn.init.eye_(self.layer.weight)
+        self.dropout = nn.Dropout(0.5)
+        self.seen = 0
+        self.dtypes: set[torch.dtype] = set()
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        self.seen += len(images)
+        return self._embed(self.images[(images[:, 0, 0, 0] * 255).round().long()])
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        return self._embed(self.vectors[tokens[:, 0]])
+
+    def tokenize(self, texts: list[str]) -> Tensor:
+        return torch.tensor([[self.words.index(text)] for text in texts])
+
+    def _embed(self, vectors: Tensor) -> Tensor:
+        out = self.dropout(self.layer(vectors.to(self.layer.weight.dtype)))
+        self.dtypes.add(out.dtype)
+        return out
+
+
+def write_shard(path: Path, records: list[dict[str, Any]]) -> str:
+    """One sample per record, in the schema of data/README.md; picture i has the grey value i."""
+    with wds.TarWriter(str(path)) as shard:
+        for i, record in enumerate(records):
+            png = io.BytesIO()
+            Image.new("RGB", (8, 8), (i, i, i)).save(png, "png")
+            text = record.get("caption", "")
+            shard.write({"__key__": f"{i:06d}", "png": png.getvalue(), "txt": text, "json": json.dumps(record)})
+    return str(path)

@@ -1,0 +1,66 @@
+import pytest
+import torch
+from planted import Planted, write_shard
+from torch.nn.functional import normalize
+
+from clipfix.evals import retrieval
+from clipfix.evals.retrieval import Retrieval, recall
+
+
+def random_features(seed, pictures=23, captions=3, dim=4):
+    generator = torch.Generator().manual_seed(seed)
+    images = normalize(torch.randn(pictures, dim, generator=generator), dim=-1)
+    texts = normalize(torch.randn(pictures * captions, dim, generator=generator), dim=-1)
+    return images, texts, torch.arange(pictures), torch.arange(pictures).repeat_interleave(captions)
+
+
+def slow_recall(queries, gallery, query_picture, gallery_picture, k):
+    """Sort everything, look at the first k."""
+    hits = 0
+    for query, picture in zip(queries, query_picture, strict=True):
+        order = sorted(range(len(gallery)), key=lambda i: -float(query @ gallery[i]))
+        hits += any(gallery_picture[i] == picture for i in order[:k])
+    return 100 * hits / len(queries)
+
+
+@pytest.mark.parametrize("k", [1, 5, 10])
+def test_recall_is_a_double_loop(k, monkeypatch):
+    monkeypatch.setattr(retrieval, "CHUNK", 7)
+    images, texts, picture, owner = random_features(0)
+    to_text = recall(images, texts, picture, owner, [1, 5, 10])[k]
+    to_image = recall(texts, images, owner, picture, [1, 5, 10])[k]
+    assert to_text == pytest.approx(slow_recall(images, texts, picture, owner, k))
+    assert to_image == pytest.approx(slow_recall(texts, images, owner, picture, k))
+
+
+def test_recall_is_clip_benchmarks():
+    theirs = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval").recall_at_k
+    images, texts, picture, owner = random_features(1)
+    scores, positives = texts @ images.T, owner[:, None] == picture
+    for k in (1, 5, 10):
+        to_image = 100 * (theirs(scores, positives, k) > 0).float().mean().item()
+        to_text = 100 * (theirs(scores.T, positives.T, k) > 0).float().mean().item()
+        assert recall(texts, images, owner, picture, [k])[k] == pytest.approx(to_image)
+        assert recall(images, texts, picture, owner, [k])[k] == pytest.approx(to_text)
+
+
+def test_planted_ranks(tmp_path):
+    """Each caption points at the next picture, its own comes second: R@1 0, R@2 100."""
+    shard = write_shard(tmp_path / "test.tar", [{"caption": f"picture {i}"} for i in range(6)])
+    eye = torch.eye(6)
+    ask = Retrieval(shard, {"key": "txt", "pick": "one"}, recall_at=[1, 2])
+    exact = ask(Planted(eye, {f"picture {i}": eye[i] for i in range(6)}))
+    assert exact == dict.fromkeys(exact, 100)
+    shifted = ask(Planted(eye, {f"picture {i}": 0.6 * eye[i] + 0.8 * eye[(i + 1) % 6] for i in range(6)}))
+    assert (shifted["image_to_text_R@1"], shifted["text_to_image_R@1"]) == (0, 0)
+    assert (shifted["image_to_text_R@2"], shifted["text_to_image_R@2"]) == (100, 100)
+
+
+def test_any_of_several_captions_is_a_hit_and_each_is_a_query(tmp_path):
+    records = [{"captions": [f"good {i}", f"bad {i}"]} for i in range(4)]
+    shard = write_shard(tmp_path / "test.tar", records)
+    eye = torch.eye(8)
+    texts = {f"good {i}": eye[i] for i in range(4)} | {f"bad {i}": -eye[i] for i in range(4)}
+    scores = Retrieval(shard, {"key": "captions", "pick": "all", "k": 2}, recall_at=[1])(Planted(eye, texts))
+    assert scores["image_to_text_R@1"] == 100
+    assert scores["text_to_image_R@1"] == 50

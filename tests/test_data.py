@@ -1,0 +1,495 @@
+"""Shards to batches: every way to name them, every way they can break, and a stream that loses and doubles nothing."""
+
+import functools
+import http.server
+import itertools
+import logging
+import random
+import threading
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import fsspec
+import lightning as L
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
+from PIL import Image
+from shards import encoded, numbered, pack, photographs, picture
+
+from clipfix.data import ShardData, ShardStream, Text, beginning, decode, samples, square
+from clipfix.shards import expand, read_shard
+
+CAPTION = {"caption": {"key": "txt", "pick": "one"}}
+
+
+def shard_data(train: Any, **overrides: Any) -> ShardData:
+    arguments = {"selection": None, "texts": CAPTION, "batch_size": 3, "workers": 0, "shuffle": 8, "seed": 0}
+    data = ShardData(train=train, image_size=16, **{**arguments, **overrides})
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def stream(folder: Path, shuffle: int = 8, seed: int = 0, endless: bool = True, **place: int) -> ShardStream:
+    texts = {name: Text(**text) for name, text in CAPTION.items()}
+    progress = beginning(workers=place.pop("workers", 1)) if endless else None
+    place = {"rank": 0, "world": 1, **place}
+    return ShardStream(expand(str(folder)), texts, 16, seed=seed, shuffle=shuffle, progress=progress, **place)
+
+
+def passes(source: ShardStream, count: int) -> list[list[str]]:
+    """Keys of the first `count` passes of an endless stream."""
+    taken = itertools.takewhile(lambda sample: sample["position"][1] < count, source)
+    keys: list[list[str]] = [[] for _ in range(count)]
+    for sample in taken:
+        keys[sample["position"][1]].append(sample["key"])
+    return keys
+
+
+# ---------------------------------------------------------------------------------------------------------------- urls
+
+
+def test_every_way_to_name_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photographs(tmp_path / "a")
+    numbered(tmp_path / "b", [1, 1, 1])
+    monkeypatch.chdir(tmp_path)
+    a, b = [f"a/{n:05d}.tar" for n in range(2)], [f"b/{n:05d}.tar" for n in range(3)]
+    assert expand("a") == a  # img2dataset's parquet and statistics stay out
+    assert expand("b/*.tar") == b
+    assert expand("b/{00000..00001}.tar") == b[:2]
+    assert expand(["b/00002.tar", "a", "b/0000[01].tar"]) == [b[2], *a, *b[:2]]
+    assert expand("{a,b}") == a + b
+    assert expand("https://host/{0..1}.tar") == ["https://host/0.tar", "https://host/1.tar"]
+    assert expand("pipe:cat b/{0..1}.tar", allow_pipe=True) == ["pipe:cat b/0.tar", "pipe:cat b/1.tar"]
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("nowhere/*.tar", "no shard matches 'nowhere/"),
+        ("empty", "no shard matches 'empty/"),
+        ("b/{00000..00009}.tar", "9 of 10 shards .* first 'b/00001.tar'"),
+        ("pipe:cat b/00000.tar", "data.allow_pipe=true"),
+        ("s4://bucket/0.tar", "'s4://bucket/0.tar' cannot be read"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_before_training(
+    url: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbered(tmp_path / "b", [1])
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        shard_data(url)
+
+
+def test_s3_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(scheme: str) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec, "get_filesystem_class", missing)
+    with pytest.raises(ValueError, match=r"pip install 'clipfix\[s3\]'"):
+        expand("s3://bucket/{0..9}.tar")
+
+
+def test_http_pipe_and_remote_filesystems_read_what_the_folder_holds(tmp_path: Path) -> None:
+    keys = photographs(tmp_path)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    handler.func.log_message = lambda *_: None  # type: ignore[attr-defined]
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        over_http = list(samples(f"http://127.0.0.1:{server.server_port}/{{00000..00001}}.tar"))
+        server.shutdown()
+    over_pipe = list(samples(f"pipe:cat {tmp_path}/{{00000..00001}}.tar", allow_pipe=True))
+    for path in sorted(tmp_path.glob("*.tar")):  # fsspec's filesystem in memory stands for its s3
+        fsspec.filesystem("memory").pipe(f"/bucket/{path.name}", path.read_bytes())
+    over_fsspec = list(samples("memory://bucket/{00000..00001}.tar"))
+    local = list(samples(str(tmp_path)))
+    assert [sample["key"] for sample in local] == keys
+    assert local == over_http == over_pipe == over_fsspec
+
+
+# ------------------------------------------------------------------------------------------------------------ decoding
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "jpeg", "png", "webp"])
+def test_images_are_what_open_clip_makes_of_them(suffix: str, tmp_path: Path) -> None:
+    photographs(tmp_path, suffix)
+    oracle = open_clip.image_transform(48, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))
+    for sample in samples(str(tmp_path)):
+        ours = square(sample["image"], 48)
+        assert torch.equal(ours, oracle(sample["image"]))
+        assert 0 <= ours.min() < ours.max() <= 1
+
+
+def test_images_of_the_right_size_are_untouched() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    assert torch.equal(square(Image.fromarray(pixels), 16), torch.from_numpy(pixels).permute(2, 0, 1) / 255)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
+def test_every_colour_mode_becomes_rgb(mode: str) -> None:
+    suffix = "jpg" if mode == "CMYK" else "png"
+    image = decode({"__key__": "0", suffix: encoded(Image.fromarray(picture(7)).convert(mode), suffix)})["image"]
+    assert image.mode == "RGB"
+
+
+SAMPLE = {
+    "txt": "raw",
+    "json": {"caption": " short ", "long": "One, 1.5 m. Two. Three.", "captions": ["a", "", "b", "c"], "n": 3, "d": {}},
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "pick", "k", "expected"),
+    [
+        ("txt", "one", 1, ["raw"]),
+        ("caption", "one", 1, ["short"]),
+        ("long", "first_sentence", 1, ["One, 1.5 m"]),
+        ("captions", "one", 1, ["a"]),
+        ("captions", "all", 3, ["a", "b", "c"]),
+        ("captions", "all", 2, ["a", "b"]),
+        ("captions", "all", 5, ["a", "b", "c", "a", "b"]),
+        ("txt", "all", 2, ["raw", "raw"]),
+    ],
+)
+def test_texts(key: str, pick: str, k: int, expected: list[str]) -> None:
+    assert Text(key, pick, k).draw(SAMPLE, random.Random(0)) == expected
+
+
+def test_random_texts_repeat_only_when_there_are_too_few() -> None:
+    draws = [Text("captions", "random", 2).draw(SAMPLE, random.Random(seed)) for seed in range(300)]
+    assert all(len(set(draw)) == 2 for draw in draws)
+    counts = Counter(itertools.chain.from_iterable(draws))
+    assert set(counts) == {"a", "b", "c"}
+    assert max(counts.values()) < 1.3 * min(counts.values())
+    assert Counter(Text("captions", "random", 7).draw(SAMPLE, random.Random(0))).most_common()[-1][1] == 2
+
+
+@pytest.mark.parametrize("key", ["absent", "n", "d"])
+def test_a_sample_without_the_text_is_broken(key: str) -> None:
+    with pytest.raises((ValueError, TypeError)):
+        Text(key, "one").draw(SAMPLE, random.Random(0))
+
+
+@pytest.mark.parametrize(("pick", "k"), [("first", 1), ("one", 2), ("first_sentence", 3), ("all", 0)])
+def test_impossible_texts_are_refused(pick: str, k: int) -> None:
+    with pytest.raises(ValueError, match=r"data\.texts: "):
+        Text("txt", pick, k)
+
+
+def test_batches_hold_several_texts_sample_major(tmp_path: Path) -> None:
+    keys = numbered(tmp_path, [4])
+    texts = {
+        "caption": {"key": "captions", "pick": "all", "k": 2},
+        "long": {"key": "long", "pick": "one"},
+        "off": None,
+    }
+    (batch,) = shard_data(str(tmp_path), selection=str(tmp_path), texts=texts, batch_size=9).val_dataloader()
+    assert batch["key"] == keys
+    assert batch["caption"] == [f"caption {place} of {key}" for key in keys for place in range(2)]
+    assert batch["long"] == [f"Picture {key}. It is plain. No dots." for key in keys]
+    assert "off" not in batch
+    assert batch["image"].dtype == torch.float32
+    colours = torch.tensor([[number / 255, 0, 128 / 255] for number in range(4)])
+    assert torch.equal(batch["image"], colours[:, :, None, None].expand(4, 3, 16, 16))
+
+
+def test_random_captions_depend_on_seed_pass_and_sample_alone(tmp_path: Path) -> None:
+    numbered(tmp_path, [6, 6])
+
+    def captions(seed: int, shuffle: int) -> dict[tuple[int, str], list[str]]:
+        texts = {"caption": Text("captions", "random", 2)}
+        source = ShardStream(expand(str(tmp_path)), texts, 16, seed, shuffle, rank=0, world=1, progress=beginning(0))
+        return {(s["position"][1], s["key"]): s["texts"]["caption"] for s in itertools.islice(source, 24)}
+
+    here = captions(0, 4)
+    assert here == captions(0, 0)  # not on what was read before
+    assert here != captions(1, 4)
+    assert [v for (number, _), v in sorted(here.items()) if number == 0] != [
+        v for (number, _), v in sorted(here.items()) if number == 1
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------ broken samples
+
+
+BROKEN: dict[str, dict[str, Any]] = {
+    "no image": {"txt": "x"},
+    "not an image": {"jpg": b"<html>404</html>", "txt": "x"},
+    "cut off": {"png": encoded(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8))[:999], "txt": "x"},
+    "not utf-8": {"png": encoded(picture(0)), "txt": b"\xff\xfe\x00"},
+    "no text": {"png": encoded(picture(0))},
+    "empty text": {"png": encoded(picture(0)), "txt": " \n"},
+    "half a surrogate pair": {"png": encoded(picture(0)), "txt": "x", "json": b'{"caption": "\\ud800"}'},
+    "not json": {"png": encoded(picture(0)), "txt": "x", "json": b"{"},
+    "no object": {"png": encoded(picture(0)), "txt": "x", "json": b"[]"},
+    "bomb": {"png": encoded(picture(0, 100, 100)), "txt": "x"},
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_sample_is_skipped_and_counted(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100 * 100 - 1)
+    key = "caption" if "surrogate" in name else "txt"
+    good = {"png": encoded(picture(0)), "txt": "fine", "json": {"caption": "fine"}}
+    pack(tmp_path / "0.tar", {"0": BROKEN[name], "1": good, "2": BROKEN[name], "3": BROKEN[name], "4": good})
+    texts = {"caption": {"key": key, "pick": "one"}}
+    loader = iter(shard_data(str(tmp_path), texts=texts, shuffle=0, batch_size=1).train_dataloader())
+    batches = list(itertools.islice(loader, 4))
+    assert [batch["key"] for batch in batches] == [["1"], ["4"], ["1"], ["4"]]
+    assert [batch["skipped"] for batch in batches] == [1, 2, 1, 2]
+    assert [batch["position"] for batch in batches] == [(0, 0, 2), (0, 0, 5), (0, 1, 2), (0, 1, 5)]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_shards_without_a_usable_sample_stop_the_run_and_say_why(workers: int, tmp_path: Path) -> None:
+    numbered(tmp_path, [3])
+    data = shard_data(str(tmp_path), texts={"caption": {"key": "Long", "pick": "one"}}, workers=workers)
+    with pytest.raises(ValueError, match=r"no usable sample .*no text under 'Long' .*caption, long, captions"):
+        next(iter(data.train_dataloader()))
+    data = shard_data(str(tmp_path))
+    data.train_shards = []
+    with pytest.raises(ValueError, match=r"lower data\.workers"):
+        next(iter(data.train_dataloader()))
+
+
+# ------------------------------------------------------------------------------------------------------- broken shards
+
+
+def cut(data: bytes) -> bytes:
+    return data[: len(data) * 2 // 3 // 512 * 512 + 100]
+
+
+def cut_between_members(data: bytes) -> bytes:
+    return data[: data.index(b"00003.png")]
+
+
+def damaged_header(data: bytes) -> bytes:
+    place = data.index(b"00003.png")
+    return data[:place] + b"\xaa" * 512 + data[place + 512 :]
+
+
+def not_a_tar(data: bytes) -> bytes:
+    return b"<html>404</html>"
+
+
+@pytest.mark.parametrize(
+    ("damage", "readable"), [(cut, 3), (cut_between_members, 3), (damaged_header, 3), (not_a_tar, 0)]
+)
+def test_a_broken_shard_is_named_and_its_readable_part_used(
+    damage: Any, readable: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = numbered(tmp_path, [5, 5, 5])
+    path = tmp_path / "00001.tar"
+    whole = path.read_bytes()
+    first = int(keys[5])
+    path.write_bytes(damage(whole.replace(f"{first + 3:05d}.png".encode(), b"00003.png")))
+    with caplog.at_level(logging.WARNING):
+        found = [sample["key"] for sample in stream(tmp_path, endless=False)]
+    assert found == keys[:5] + keys[5 : 5 + readable] + keys[10:]
+    (line,) = caplog.messages
+    assert f"shard {path} is broken" in line
+
+
+def test_a_failed_download_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    keys = numbered(tmp_path, [4])
+    whole = f"pipe:cat {tmp_path}/00000.tar"
+    for command in (f"{whole}; exit 3", "pipe:exit 3", f"pipe:cat {tmp_path}/absent.tar 2>&1"):
+        caplog.clear()
+        found = [raw["__key__"] for raw in read_shard(command)]
+        assert found == (keys if command.startswith(whole) else [])
+        assert len(caplog.messages) == 1
+        assert command in caplog.messages[0]
+
+
+# -------------------------------------------------------------------------------------------------------------- passes
+
+
+@pytest.mark.parametrize("counts", [[7], [5, 0, 9], [3, 1, 4, 1, 5, 9, 2, 6]], ids=str)
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_every_sample_once_a_pass(
+    counts: list[int], world: int, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = numbered(tmp_path, counts)
+    endless: list[list[str]] = [[], [], []]
+    single: list[str] = []
+    for rank, worker in itertools.product(range(world), range(max(workers, 1))):
+        info = SimpleNamespace(id=worker, num_workers=workers) if workers else None
+        monkeypatch.setattr("clipfix.data.get_worker_info", lambda info=info: info)
+        for number, part in enumerate(passes(stream(tmp_path, rank=rank, world=world, workers=workers), 3)):
+            endless[number] += part
+        single += [sample["key"] for sample in stream(tmp_path, rank=rank, world=world, endless=False)]
+    assert [sorted(part) for part in (*endless, single)] == [keys] * 4
+
+
+def test_shuffling_is_seeded_and_new_in_every_pass(tmp_path: Path) -> None:
+    keys = numbered(tmp_path, [10, 10, 10])
+    here = passes(stream(tmp_path, shuffle=8), 3)
+    assert here == passes(stream(tmp_path, shuffle=8), 3)
+    orders = [*here, *passes(stream(tmp_path, shuffle=8, seed=1), 3)]
+    assert len({tuple(order) for order in orders}) == 6
+    whole = passes(stream(tmp_path, shuffle=1000), 1)[0]  # a buffer larger than the data shuffles all of it
+    assert {int(key) // 10 for key in whole[:10]} == {0, 1, 2}
+    assert sorted(whole) == keys
+
+
+def test_without_shuffling_shards_change_places_but_keep_their_order(tmp_path: Path) -> None:
+    numbered(tmp_path, [4, 4, 4, 4, 4])
+    first, second = passes(stream(tmp_path, shuffle=0), 2)
+    for order in (first, second):
+        shards = [order[place : place + 4] for place in range(0, 20, 4)]
+        assert all(shard == sorted(shard) for shard in shards)
+        assert len({int(shard[0]) // 4 for shard in shards}) == 5
+    assert first != second
+
+
+def test_selection_is_one_pass_in_stored_order_with_its_last_partial_batch(tmp_path: Path) -> None:
+    keys = numbered(tmp_path, [4, 3])
+    data = shard_data(str(tmp_path), selection=str(tmp_path), workers=1)
+    loader = data.val_dataloader()
+    for _ in range(2):
+        batches = list(loader)
+        assert [len(batch["key"]) for batch in batches] == [3, 3, 1]
+        assert [key for batch in batches for key in batch["key"]] == keys
+    assert shard_data(str(tmp_path)).val_dataloader() == []
+
+
+def test_prepare_makes_the_shards(tmp_path: Path) -> None:
+    data = shard_data(str(tmp_path / "new"), prepare=lambda: numbered(tmp_path / "new", [3]))
+    assert len(next(iter(data.train_dataloader()))["key"]) == 3
+
+
+# -------------------------------------------------------------------------------------------------------------- resume
+
+
+def with_broken_samples(folder: Path) -> str:
+    """Five shards, a third of their samples broken, one of them cut off."""
+    rng = random.Random(0)
+    for shard in range(5):
+        members: dict[str, dict[str, Any]] = {}
+        for number in range(6):
+            broken = rng.choice(list(BROKEN.values())[:6]) if rng.random() < 0.33 else None
+            members[f"{shard}{number}"] = broken or {"png": encoded(picture(number)), "txt": f"{shard}{number}"}
+        pack(folder / f"{shard}.tar", members)
+    path = folder / "3.tar"
+    path.write_bytes(path.read_bytes()[:-4000])
+    return str(folder)
+
+
+def facts(batch: dict[str, Any]) -> tuple[Any, ...]:
+    return batch["key"], batch["caption"], tuple(batch["position"]), batch["skipped"], batch["image"].sum().item()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stopped_stream_goes_on_with_exactly_the_next_batch(workers: int, tmp_path: Path) -> None:
+    folder = with_broken_samples(tmp_path / "shards")
+    whole = [facts(b) for b in itertools.islice(shard_data(folder, workers=workers).train_dataloader(), 20)]
+    assert max(position[1] for _, _, position, _, _ in whole) > 1  # several passes
+    assert sum(skipped for *_, skipped, _ in whole) > 5
+    for stop in (1, 4, 13):
+        stopped = shard_data(folder, workers=workers)
+        for batch in itertools.islice(stopped.train_dataloader(), stop):
+            stopped.advance(batch)
+        torch.save(stopped.state_dict(), tmp_path / "state")
+        resumed = shard_data(folder, workers=workers)
+        resumed.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+        rest = [facts(batch) for batch in itertools.islice(resumed.train_dataloader(), 20 - stop)]
+        assert rest == whole[stop:]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_iterating_again_goes_on_where_training_stands(workers: int, tmp_path: Path) -> None:
+    numbered(tmp_path, [10, 10, 10])
+    whole = [facts(b) for b in itertools.islice(shard_data(str(tmp_path), workers=workers).train_dataloader(), 9)]
+    data = shard_data(str(tmp_path), workers=workers)
+    loader, again = data.train_dataloader(), []
+    for _ in range(3):
+        for batch in itertools.islice(loader, 3):
+            again.append(facts(batch))
+            data.advance(batch)
+    assert again == whole
+
+
+def test_another_number_of_workers_starts_the_next_pass(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    numbered(tmp_path, [10, 10])
+    data = shard_data(str(tmp_path))
+    for batch in itertools.islice(data.train_dataloader(), 8):  # 24 of 20 samples: in the second pass
+        data.advance(batch)
+    resumed = shard_data(str(tmp_path), workers=2)
+    resumed.load_state_dict(data.state_dict())
+    assert "start of pass 2" in caplog.text
+    assert resumed.progress == beginning(2, number=2)
+
+
+class Recorder(L.LightningModule):
+    """Trains one number on batches and writes down which."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.trained: list[tuple[Any, ...]] = []
+
+    def training_step(self, batch: dict[str, Any], index: int) -> torch.Tensor:
+        self.trained.append(facts(batch))
+        return self.weight * batch["image"].mean()
+
+    def validation_step(self, batch: dict[str, Any], index: int) -> None: ...
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_lightning_resumes_with_the_batch_after_the_checkpoint(workers: int, tmp_path: Path) -> None:
+    folder = with_broken_samples(tmp_path / "shards")
+
+    def fit(steps: int, resume: Path | None = None) -> list[tuple[Any, ...]]:
+        module = Recorder()
+        trainer = L.Trainer(
+            max_steps=steps,
+            accelerator="cpu",
+            logger=False,
+            callbacks=[ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=5, save_top_k=-1)],
+            val_check_interval=3,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        data = shard_data(folder, selection=str(Path(folder) / "0.tar"), workers=workers)
+        trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+        return module.trained
+
+    whole = fit(12)
+    assert fit(12, resume=tmp_path / "step=5.ckpt") == whole[5:]
+
+
+def two_ranks(rank: int, folder: str, store: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    data = shard_data(folder)
+    keys = []
+    for batch in itertools.islice(data.train_dataloader(), 2 + rank):  # ranks may stand anywhere
+        data.advance(batch)
+        keys += batch["key"]
+    state = data.state_dict()
+    assert state["ranks"][rank] == data.progress
+    resumed = shard_data(folder)
+    resumed.load_state_dict(state)
+    assert resumed.progress == data.progress
+    gathered: list[Any] = [None, None]
+    dist.all_gather_object(gathered, (state, keys))
+    assert gathered[0][0] == gathered[1][0]  # one checkpoint serves all ranks
+    assert not set(gathered[0][1]) & set(gathered[1][1])
+    dist.destroy_process_group()
+
+
+def test_a_checkpoint_holds_where_every_rank_stands(tmp_path: Path) -> None:
+    numbered(tmp_path / "shards", [9, 9, 9, 9])
+    arguments = (str(tmp_path / "shards"), str(tmp_path / "store"))
+    torch.multiprocessing.start_processes(two_ranks, arguments, nprocs=2, start_method="fork")
