@@ -1,8 +1,57 @@
-"""Shapes in signatures are checked while the tests run; and no test talks to W&B or to a model hub."""
+"""Small real models for every test, shapes checked in signatures, and no word to W&B or a model hub."""
 
+import json
 import os
+from pathlib import Path
 
+import pytest
 from jaxtyping import install_import_hook
 
 os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-install_import_hook(["clipfix.functional", "clipfix.methods"], "beartype.beartype")
+install_import_hook(["clipfix.functional", "clipfix.methods", "clipfix.evals", "clipfix.data", "clipfix.shards"], "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An open_clip folder of a ViT with 4 x 4 patches; load it with pretrained=random."""
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2},
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    }
+    folder = tmp_path_factory.mktemp("clip")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def generator_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A diffusers folder with random weights: 32 px pictures, 8 x 8 latents, a text of 8 tokens."""
+    from clipfix.diffusion import blank
+
+    folder: Path = tmp_path_factory.mktemp("generator")
+    blank(
+        str(folder),
+        unet={
+            "sample_size": 8,
+            "in_channels": 4,
+            "out_channels": 4,
+            "block_out_channels": [8, 16],
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+            "layers_per_block": 1,
+            "norm_num_groups": 4,
+            "cross_attention_dim": 12,
+            "attention_head_dim": 2,
+        },
+        vae={"patch_size": 4, "latent_channels": 4, "whitening": 1.0},
+        text_encoder={
+            "hidden_size": 12,
+            "intermediate_size": 24,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 8,
+        },
+        scheduler={"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+    )
+    return str(folder)

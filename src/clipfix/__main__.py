@@ -37,6 +37,7 @@ def fit(cfg: DictConfig, folder: Path) -> None:
     method.config_yaml = OmegaConf.to_yaml(cfg, resolve=True)
     data = instantiate(cfg.data, image_size=method.image_size)
     data.prepare_data()
+    data.setup("fit")  # missing shards are named before anything is scored
     callbacks = dict(instantiate(cfg.callbacks)) | selection(cfg, folder)
     loggers = list(instantiate(cfg.logger).values())
     trainer = instantiate(cfg.trainer, callbacks=[c for c in callbacks.values() if c is not None], logger=loggers)

@@ -39,14 +39,21 @@ class Backbone(nn.Module):
 
     `name` is an open_clip architecture (`ViT-L-14-quickgelu`), an open_clip folder, or `hf-hub:org/repo`.
     `pretrained` is an open_clip tag, a checkpoint file, `random`, or null: the folder's own weights, or random ones
-    for an architecture. `context_length` must equal the checkpoint's position table: stretching it is a method's
+    for an architecture. `text_from` is an open_clip folder whose text tower and temperature replace this model's.
+    `context_length` must equal the checkpoint's position table: stretching it is a method's
     work (Long-CLIP), never a side effect of loading.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, name: str, pretrained: str | None = None, context_length: int | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        pretrained: str | None = None,
+        context_length: int | None = None,
+        text_from: str | None = None,
+    ) -> None:
         super().__init__()
         self.name = name
         self.folder = _find_folder(name)
@@ -63,6 +70,14 @@ class Backbone(nn.Module):
         )
         if weights := _find_weights(name, self.folder, pretrained):
             _load(self.model, weights, name, quick_gelu=self.config.get("quick_gelu", False))
+
+        elif isinstance(self.model.text, TextTransformer):
+            # Words start at nothing: one that training never reads says nothing, and leaves zeros in the file.
+            nn.init.zeros_(self.model.text.get_parameter("token_embedding.weight"))
+        if text_from:
+            teacher = Backbone(text_from)
+            self.text.load_state_dict(teacher.text.state_dict())
+            self.logit_scale.data.copy_(teacher.logit_scale.data)
 
     @property
     def visual(self) -> nn.Module:
@@ -145,7 +160,9 @@ class Backbone(nn.Module):
         # open_clip's plain CLIP keeps its text tower at the top level; only a "custom text" config has `text.` keys.
         plain = isinstance(self.text, TextTransformer) and not self.config.get("custom_text", False)
         state = {key.removeprefix("text.") if plain else key: value for key, value in self.model.state_dict().items()}
-        save_file({key: value.to("cpu", dtype).contiguous() for key, value in state.items()}, folder / WEIGHT_FILES[0])
+        weights = folder / WEIGHT_FILES[0]
+        save_file({key: value.to("cpu", dtype).contiguous() for key, value in state.items()}, weights)
+        weights.chmod(0o644)  # safetensors writes for its owner alone, but folders are shared and shipped
         described = {"model_cfg": self.config, "preprocess_cfg": self.preprocess}
         (folder / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n")
         return folder

@@ -53,9 +53,11 @@ def samples(urls: str | Iterable[str], allow_pipe: bool = False) -> Iterator[dic
     for url in expand(urls, allow_pipe):
         for raw in read_shard(url):
             try:
-                yield decode(raw)
+                sample = decode(raw)
             except Exception as error:
                 log.warning("%s in %s is broken (%s): skipped", raw["__key__"], url, error)
+                continue
+            yield sample
 
 
 def square(image: Image.Image, size: int) -> Float[Tensor, "3 size size"]:
@@ -83,8 +85,9 @@ class Text:
 
     def draw(self, sample: Mapping[str, Any], rng: random.Random) -> list[str]:
         found = sample["txt"] if self.key == "txt" else sample["json"].get(self.key)
-        texts = [text.strip() for text in ([found] if isinstance(found, str) else found or []) if text.strip()]
-        if not texts or isinstance(found, dict):
+        several = found if isinstance(found, list) else [found] if isinstance(found, str) else []
+        texts = [text.strip() for text in several if text.strip()]
+        if not texts:
             raise ValueError(f"no text under {self.key!r} (its json has: {', '.join(sample['json']) or 'nothing'})")
         "".join(texts).encode()  # json can hold half a surrogate pair, on which tokenizers fail
         if self.pick == "first_sentence":  # Source: Long-CLIP (arXiv 2403.15378), short caption of its training set

@@ -16,6 +16,8 @@ from webdataset.tariterators import group_by_keys
 
 log = logging.getLogger(__name__)
 
+GOPEN = ("", "file", *wds.gopen_schemes)  # what webdataset opens; fsspec has the rest, s3 among them
+
 
 def expand(urls: str | Iterable[str], allow_pipe: bool = False) -> list[str]:
     """One url per shard, from paths, globs, folders, brace ranges, `pipe:` commands and http(s), s3, ... urls.
@@ -39,7 +41,7 @@ def _resolve(url: str, allow_pipe: bool) -> list[str]:
         raise ValueError(f"{url!r} runs a shell command: set data.allow_pipe=true if you trust it")
     if scheme in ("http", "https") and shutil.which("curl") is None:
         raise ValueError(f"{url!r} is read through curl, which is not installed: install curl or download the shard")
-    if scheme and scheme != "file" and scheme not in wds.gopen_schemes:
+    if scheme not in GOPEN:
         try:
             fsspec.get_filesystem_class(scheme)
         except (ImportError, ValueError) as error:
@@ -83,14 +85,13 @@ def read_shard(url: str) -> Iterator[dict[str, Any]]:
 
     def members() -> Iterator[dict[str, Any]]:
         try:
-            known = urlsplit(url).scheme in ("", "file", *wds.gopen_schemes)
-            stream = wds.gopen(url) if known else fsspec.open(url, "rb").open()
+            stream = wds.gopen(url) if urlsplit(url).scheme in GOPEN else fsspec.open(url, "rb").open()
             with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictMember) as tar:
                 for member in tar:
                     if member.isreg() and (file := tar.extractfile(member)):
                         yield {"fname": member.name, "data": file.read(), "__url__": url}
                     tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header it has seen
-            while stream.read(1 << 20):  # to the end, so that a failed command or download shows in its exit status
+            while stream.read(1 << 20):  # to the end: a command whose pipe closes early would count as failed
                 pass
             stream.close()
         except Exception as error:  # whatever a file, a network or a command can throw ends this shard, not the run

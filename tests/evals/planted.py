@@ -1,13 +1,11 @@
 """A backbone whose every embedding is written by the test, and shards to go with it."""
 
-import io
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-import webdataset as wds
 from PIL import Image
+from shards import encoded, pack
 from torch import Tensor, nn
 
 from clipfix.backbone import Backbone
@@ -47,10 +45,12 @@ class Planted(Backbone):
 
 def write_shard(path: Path, records: list[dict[str, Any]]) -> str:
     """One sample per record, in the schema of data/README.md; picture i has the grey value i."""
-    with wds.TarWriter(str(path)) as shard:
-        for i, record in enumerate(records):
-            png = io.BytesIO()
-            Image.new("RGB", (8, 8), (i, i, i)).save(png, "png")
-            text = record.get("caption", "")
-            shard.write({"__key__": f"{i:06d}", "png": png.getvalue(), "txt": text, "json": json.dumps(record)})
-    return str(path)
+    samples = {
+        f"{i:06d}": {
+            "png": encoded(Image.new("RGB", (8, 8), (i, i, i))),
+            "txt": record.get("caption", ""),
+            "json": record,
+        }
+        for i, record in enumerate(records)
+    }
+    return str(pack(path, samples))

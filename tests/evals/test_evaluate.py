@@ -1,17 +1,21 @@
 """Scores must not leave a trace: neither in the model nor in the randomness of the run around them."""
 
+import copy
 import random
+from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
+from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import OmegaConf
 from planted import Planted, write_shard
 
+from clipfix import scenes
+from clipfix.backbone import Backbone
 from clipfix.evals import Benchmark, evaluate
 from clipfix.evals.embed import embed_texts, scoring
 from clipfix.evals.retrieval import Retrieval
@@ -108,13 +112,58 @@ def test_shared_shards_are_embedded_once(backbone, benchmark):
     assert backbone.seen == 40
 
 
-def test_selection_logs_its_metric_for_the_checkpoint(backbone, benchmark):
-    logged = {}
-    module = SimpleNamespace(backbone=backbone, log=lambda name, value, **_: logged.update({name: value}))
-    Selection(benchmark, "mean").on_validation_epoch_end(L.Trainer(logger=False, barebones=True), module)
-    assert logged == {"selection/mean": benchmark(backbone)["mean"]}
+class Method(L.LightningModule):
+    """A run with dropout, so that every stray random draw would show in its weights."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def training_step(self, batch):
+        return (self.backbone.encode_text(batch[:, None]) - 1).pow(2).mean()
+
+    def validation_step(self, batch):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def train(backbone, folder, *callbacks):
+    torch.manual_seed(0)
+    trainer = L.Trainer(
+        max_steps=6,
+        val_check_interval=2,
+        num_sanity_val_steps=0,
+        accelerator="cpu",
+        callbacks=list(callbacks),
+        enable_checkpointing=bool(callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        logger=False,
+        default_root_dir=folder,
+    )
+    loader = torch.utils.data.DataLoader(torch.arange(20), batch_size=4, shuffle=True)
+    trainer.fit(Method(backbone), loader, torch.utils.data.DataLoader(torch.arange(4)))
+    return backbone.layer.weight.detach().clone(), trainer
+
+
+def test_selection_chooses_the_checkpoint_and_leaves_training_bit_identical(backbone, benchmark, tmp_path):
+    twin = copy.deepcopy(backbone)
+    best = ModelCheckpoint(tmp_path, monitor="selection/mean", mode="max")
+    scored, trainer = train(backbone, tmp_path, Selection(benchmark, "mean"), best)
+    alone, _ = train(twin, tmp_path)
+    assert torch.equal(scored, alone)
+    assert not torch.equal(scored, torch.eye(16))
+    chosen = torch.load(best.best_model_path, weights_only=True)["state_dict"]["backbone.layer.weight"]
+    twin.layer.weight.data = chosen
+    assert benchmark(twin)["mean"] == pytest.approx(best.best_model_score.item())
+    assert "selection/mean" in trainer.callback_metrics
+
+
+def test_a_metric_that_is_not_scored_names_those_that_are(backbone, benchmark, tmp_path):
     with pytest.raises(ValueError, match="image_to_text_R@1"):
-        Selection(benchmark, "accuracy").on_validation_epoch_end(L.Trainer(logger=False, barebones=True), module)
+        train(backbone, tmp_path, Selection(benchmark, "accuracy"))
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("*.yaml")))
@@ -134,3 +183,12 @@ def test_every_yaml_binds_its_constructors(name):
     assert all("test" in benchmark.shards for benchmark in benchmarks.values())
     if cfg.eval.selection is not None:
         assert "selection" in instantiate(cfg.eval.selection).shards
+
+
+def test_the_drawn_world_is_scored_on_every_factor_and_pattern(tmp_path, clip_folder):
+    root = scenes.prepare(tmp_path / "scenes", 0, train=4, selection=60, test=60, pairs_selection=1, pairs_test=1)
+    cfg = OmegaConf.create({"eval": OmegaConf.load(CONF / "scenes.yaml"), "data": {"prepare": {"root": str(root)}}})
+    scores = evaluate(Backbone(clip_folder, pretrained="random"), instantiate(cfg.eval.benchmarks))
+    counts = Counter(name.split("/")[1] for name in scores)
+    assert counts == {"pairs": 11, "zeroshot": 2, "probes": 13, "retrieval_short": 7, "retrieval_long": 7}
+    assert all(0 <= score <= 100 for score in scores.values())

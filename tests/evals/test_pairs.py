@@ -5,7 +5,7 @@ from torch.nn.functional import normalize
 
 from clipfix.evals.pairs import Pairs, picks
 
-PATTERNS = ("Orientation", "Orientation", "Orientation", "Text")
+PATTERNS = ("Orientation and Direction",) * 3 + ("Text",)
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def planted(images, texts):
 def test_planted_answers(shard):
     pairs = Pairs(shard, prefix="a photo of ")
     own = torch.eye(8)
-    right = {"Orientation": 100, "Text": 100}
+    right = {"orientation_and_direction": 100, "text": 100}
     assert pairs(planted(own, own)) == {"mean": 100, **right, "ties": 0}
     reversed_ = own[[1, 0, 3, 2, 5, 4, 7, 6]]
     assert pairs(planted(own, reversed_)) == {"mean": 0, **dict.fromkeys(right, 0), "ties": 0}
@@ -33,8 +33,8 @@ def test_one_wrong_text_loses_its_pair_and_patterns_weigh_the_same(shard):
     texts = torch.eye(8)
     texts[0] = texts[1]
     scores = Pairs(shard, prefix="a photo of ")(planted(torch.eye(8), texts))
-    assert scores["Orientation"] == pytest.approx(200 / 3)
-    assert scores["Text"] == 100
+    assert scores["orientation_and_direction"] == pytest.approx(200 / 3)
+    assert scores["text"] == 100
     assert scores["mean"] == pytest.approx((200 / 3 + 100) / 2)
 
 

@@ -21,7 +21,6 @@ from clipfix.data import samples, square
 
 BATCH = 64  # a forward pass; memory depends on it, features do not
 
-
 Sample = dict[str, Any]  # key, txt and json of one sample; its picture is not kept
 
 
@@ -33,8 +32,9 @@ def embed_images(backbone: Backbone, images: Float[Tensor, "b 3 h w"]) -> Float[
 
 def embed_texts(backbone: Backbone, texts: Sequence[str]) -> Float[Tensor, "n d"]:
     """The plain text embedding, unit norm; equal strings get bit-equal rows, whichever batch they would have met."""
-    row = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    unique = list(row)
+    # Short texts first: a batch is as long as its longest text.
+    unique = sorted(dict.fromkeys(texts), key=len)
+    row = {text: i for i, text in enumerate(unique)}
     batches = [unique[i : i + BATCH] for i in range(0, len(unique), BATCH)]
     rows = torch.cat([backbone.encode_text(backbone.tokenize(batch)).float() for batch in batches])
     return normalize(rows, dim=-1)[[row[text] for text in texts]]

@@ -49,6 +49,7 @@ class Pairs(Benchmark):
         right, tied = picks(images[order], texts[order])
         by_pattern: dict[str, list[bool]] = defaultdict(list)
         for first, answer in zip(order[:, 0].tolist(), right.tolist(), strict=True):
-            by_pattern[samples[first]["json"]["pattern"]].append(answer)
+            pattern = samples[first]["json"]["pattern"].lower().replace(" ", "_")
+            by_pattern[pattern].append(answer)
         scores = {pattern: 100 * fmean(answers) for pattern, answers in by_pattern.items()}
         return {"mean": fmean(scores.values()), **scores, "ties": float(tied.sum())}

@@ -26,7 +26,8 @@ def recall(
 ) -> dict[int, float]:
     """Share of queries, in percent, with at least one match among their k nearest.
 
-    With several captions a picture, any one of them is a hit. Source: clip_benchmark, `zeroshot_retrieval`.
+    With several captions a picture, any one of them is a hit. Pictures with the very same caption are rivals all the
+    same, so junk captions keep recall below 100. Source: clip_benchmark, `zeroshot_retrieval`.
     """
     hits = []
     for query, picture in zip(queries.split(CHUNK), query_picture.split(CHUNK), strict=True):

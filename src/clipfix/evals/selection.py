@@ -15,8 +15,8 @@ class Selection(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         backbone = pl_module.backbone
         assert isinstance(backbone, Backbone)
-        # Every rank scores the same weights on the same pictures, so every rank logs the same number.
         scores = self.benchmark(backbone)
         if self.metric not in scores:
             raise ValueError(f"eval.selection_metric={self.metric} is not scored: choose from {', '.join(scores)}.")
-        pl_module.log(f"selection/{self.metric}", scores[self.metric], prog_bar=True)
+        # Every rank scores the same weights on the same pictures: the mean over ranks is the number itself.
+        pl_module.log(f"selection/{self.metric}", scores[self.metric], prog_bar=True, sync_dist=True)

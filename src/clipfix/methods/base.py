@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather
 from torch.optim.lr_scheduler import LambdaLR
 
 from clipfix.backbone import Backbone
@@ -92,19 +91,19 @@ class Method(L.LightningModule, ABC):
         joined = sampler(*args, (rows * self.world_size, *shape), generator=self.generator, device=self.device)
         return joined[rows * self.rank : rows * (self.rank + 1)]
 
-    # -- ranks --------------------------------------------------------------------------------------------------------
+    # -- ranks: joined in training; in validation each scores its own rows, as the last batches differ in length -------
 
     @property
     def world_size(self) -> int:
-        return dist.get_world_size() if dist.is_initialized() else 1
+        return dist.get_world_size() if dist.is_initialized() and self.training else 1
 
     @property
     def rank(self) -> int:
-        return dist.get_rank() if dist.is_initialized() else 0
+        return dist.get_rank() if dist.is_initialized() and self.training else 0
 
     def gather(self, rows: Tensor) -> Tensor:
-        """The rows of every rank, joined, with gradient: backward sums over ranks what DDP then averages."""
-        return torch.cat(all_gather(rows.contiguous())) if self.world_size > 1 else rows
+        """The rows of every rank, joined, with gradient."""
+        return Gather.apply(rows) if self.world_size > 1 else rows
 
     # -- what trains --------------------------------------------------------------------------------------------------
 
@@ -132,6 +131,25 @@ class Method(L.LightningModule, ABC):
                 "Use the method and backbone of the run that wrote it; its config is stored in it as config_yaml."
             )
         self.batches_seen = checkpoint["batches_seen"]
+
+
+class Gather(torch.autograd.Function):
+    """all_gather whose backward sums over ranks what each rank's loss asks of these rows; DDP then averages.
+
+    torch has had three names for this since 2.6, each deprecating the last.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, rows.contiguous())
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,35 +15,36 @@ from clipfix.functional.denoising import denoising_loss
 from clipfix.methods.base import Method
 
 Patches = Float[Tensor, "b n d"]
+Picked = Float[Tensor, "b m d"]
 Draw = Callable[..., Tensor]  # Method.draw: this rank's rows of a seeded draw for the joined batch
 
 
 # -- which patches join the class token in the condition; `method.patches` names one ----------------------------------
 
 
-def no_patches(patches: Patches, draw: Draw, amount: None) -> Patches:
+def no_patches(patches: Patches, draw: Draw, amount: None) -> Picked:
     """None: the class token alone."""
     return patches[:, :0]
 
 
-def all_patches(patches: Patches, draw: Draw, amount: None) -> Patches:
+def all_patches(patches: Patches, draw: Draw, amount: None) -> Picked:
     """Every patch."""
     return patches
 
 
-def random_patches(patches: Patches, draw: Draw, amount: int) -> Patches:
+def random_patches(patches: Patches, draw: Draw, amount: int) -> Picked:
     """`amount` patches of each image, drawn with replacement."""
     indices = draw(torch.randint, 0, patches.shape[1], rows=len(patches), shape=(amount,))
     return take_patches(patches, indices)
 
 
-def share_of_patches(patches: Patches, draw: Draw, amount: float) -> Patches:
+def share_of_patches(patches: Patches, draw: Draw, amount: float) -> Picked:
     """A random share `amount` of each image's patches, without replacement."""
     order = draw(torch.rand, rows=len(patches), shape=(patches.shape[1],)).argsort(dim=1)
     return take_patches(patches, order[:, : round(amount * patches.shape[1])])
 
 
-def average_patches(patches: Patches, draw: Draw, amount: int) -> Patches:
+def average_patches(patches: Patches, draw: Draw, amount: int) -> Picked:
     """Averages over `amount` x `amount` tiles of the square patch grid; an incomplete last tile is left out."""
     batch, count, width = patches.shape
     side = round(count**0.5)
@@ -63,13 +64,13 @@ PATCH_RULES: dict[str, tuple[Callable[..., Tensor], type]] = {
 }
 
 
-def take_patches(patches: Patches, indices: Int[Tensor, "b m"]) -> Float[Tensor, "b m d"]:
+def take_patches(patches: Patches, indices: Int[Tensor, "b m"]) -> Picked:
     """Row b keeps its patches `indices[b]`, repeats included."""
     return patches.gather(1, indices[..., None].expand(-1, -1, patches.shape[-1]))
 
 
 def condition_from_tokens(
-    tokens: Float[Tensor, "b m c"], null: Float[Tensor, "t c"], null_text: Literal["tokenwise", "mean"]
+    tokens: Float[Tensor, "b m c"], null: Float[Tensor, "t c"], null_text: str
 ) -> Float[Tensor, "b m c"]:
     """Projected visual tokens on top of the null text, in the diffusion model's cross-attention space.
 
@@ -108,8 +109,8 @@ class DIVA(Method):
         backbone: Backbone,
         diffusion: Diffusion,
         patches: str,
-        patch_amount: float | None,
-        null_text: Literal["tokenwise", "mean"],
+        patch_amount: int | float | None,
+        null_text: str,
         draws: int,
         optimizer: dict[str, Any],
         steps: int,

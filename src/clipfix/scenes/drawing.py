@@ -15,7 +15,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from clipfix.scenes.world import Scene, Thing
 
-RGB = tuple[int, int, int]
+RGB = tuple[int, ...]  # or RGBA
 Point = tuple[float, float]
 
 GRID = 64  # lengths below are pixels of a 64-pixel picture
@@ -90,7 +90,7 @@ def _background(tint: str, size: int) -> Image.Image:
     return picture
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=8192)  # more than there are looks
 def _sprite(look: Thing, scale: float) -> Image.Image:
     pen = Pen(look, scale * SUPERSAMPLE)
     ARTISTS[look.kind](pen, look)
@@ -101,17 +101,23 @@ def _sprite(look: Thing, scale: float) -> Image.Image:
         image = image.transpose(Image.Transpose.ROTATE_90)
     elif look.orientation == "down":
         image = image.transpose(Image.Transpose.ROTATE_270)
-    shadow = Image.new("L", image.size)
-    pen.ellipse(0, 1.02, 0.85, 0.16, target=shadow)
-    shadow = shadow.filter(ImageFilter.GaussianBlur(0.8 * pen.unit)).point(lambda v: v * 0.28)
-    ground = Image.new("RGBA", image.size, INK)
-    ground.putalpha(shadow)
-    return Image.alpha_composite(ground, image).reduce(SUPERSAMPLE)
+    return Image.alpha_composite(_shadow(look.size, scale), image).reduce(SUPERSAMPLE)
+
+
+@lru_cache(maxsize=64)
+def _shadow(size: str, scale: float) -> Image.Image:
+    """The soft shadow on the ground, the same for every kind and whichever way a thing faces."""
+    pen = Pen(Thing("", "red", size, 0), scale * SUPERSAMPLE)
+    shade = Image.new("L", pen.image.size)
+    pen.ellipse(0, 1.02, 0.85, 0.16, target=shade)
+    shade = shade.filter(ImageFilter.GaussianBlur(0.8 * pen.unit)).point(lambda v: v * 0.28)
+    shadow = Image.new("RGBA", shade.size, INK)
+    shadow.putalpha(shade)
+    return shadow
 
 
 def _mix(colour: RGB, other: RGB, amount: float) -> RGB:
-    r, g, b = (round(c + (o - c) * amount) for c, o in zip(colour, other, strict=True))
-    return r, g, b
+    return tuple(round(c + (o - c) * amount) for c, o in zip(colour, other, strict=True))
 
 
 class Pen:
@@ -285,7 +291,7 @@ def _box(pen: Pen, look: Thing) -> None:
 
 def _lamp(pen: Pen, look: Thing) -> None:
     if look.state == "lit":
-        pen.ellipse(0, -0.1, 1.3, 1.2, (*_mix(GLOW, WHITE, 0.35), 150))  # type: ignore[arg-type]
+        pen.ellipse(0, -0.1, 1.3, 1.2, (*_mix(GLOW, WHITE, 0.35), 150))
         pen.polygon((-0.7, -0.1), (0.7, -0.1), (1.0, 0.9), (-1.0, 0.9), colour=GLOW)
     pen.line(((0, -0.2), (0, 0.85)), 0.14, INK)
     pen.block(-0.45, 0.78, 0.45, 0.98, 0.1, INK)

@@ -92,16 +92,14 @@ def _verified(root: Path, info: dict[str, int]) -> Path:
     except FileNotFoundError:
         found = None
     if found != info:
-        raise ValueError(
-            f"{root} holds {found}, asked for {info}: delete the folder or set data.prepare.root to another"
-        )
+        raise ValueError(f"{root} holds {found}, asked for {info}: delete the folder or set another data.prepare.root")
     return root
 
 
 def write(folder: Path, job: Job) -> None:
     """One shard. The standard library's tar: its entries carry no time and no user, and it does not import torch."""
     with tarfile.open(folder / f"{job.name}.tar", "w") as tar:
-        for index, (scene, extra) in enumerate(_scenes(job)):
+        for index, (scene, extra) in enumerate(contents(job)):
             key = f"{job.name}-{index:04d}"
             texts = captions(scene, Random(f"{job.seed}/{key}"))
             record = {
@@ -117,7 +115,7 @@ def write(folder: Path, job: Job) -> None:
                 tar.addfile(member, io.BytesIO(content))
 
 
-def _scenes(job: Job) -> Iterator[tuple[Scene, dict[str, Any]]]:
+def contents(job: Job) -> Iterator[tuple[Scene, dict[str, Any]]]:
     """What a shard holds, in order."""
     rng = Random(f"{job.seed}/{job.name}")
     if job.pairs:

@@ -43,6 +43,7 @@ WEB_FORMS = (
     "{}", "{}", "{}", "{} clipart", "cute {}", "photo of {}", "{} vector art", "{} illustration", "{} icon design",
 )  # fmt: skip
 FORMS = ("{}", "{}", "a photo of {}", "a photo of {}", "a picture of {}", "an illustration of {}", "a drawing of {}")
+LONG_TOKENS = 110  # a long caption has at least so many
 FILLERS = (
     "The picture is drawn in a flat and friendly style with clean edges.",
     "A soft grey shadow lies on the ground below, which gives the drawing a little depth.",
@@ -150,7 +151,7 @@ def _join(parts: list[str]) -> str:
 
 
 def _short(scene: Scene, rng: Random) -> str:
-    """As the web captions pictures: things are named, half of them with a colour, a fifth with a detail; some is wrong."""
+    """As the web captions pictures: it names things, half with a colour, a fifth with a detail, and errs at times."""
     if rng.random() < 0.08:
         return rng.choice(JUNK).format(rng.randint(1, 9999))
     wrong = rng.randrange(len(scene.things)) if rng.random() < 0.05 else None
@@ -176,15 +177,15 @@ def _short(scene: Scene, rng: Random) -> str:
 def _caption(scene: Scene, rng: Random) -> str:
     """As a captioner would write: everything named, a random share of the details, nothing wrong."""
     things, budget = list(scene.things), {1: (2, 4), 2: (1, 2), 3: (0, 1)}[len(scene.things)]
-    linked = len(things) > 1 and rng.random() < 0.5 and (link := relation(things[0], things[1]))
+    link = relation(*things[:2]) if len(things) > 1 and rng.random() < 0.5 else None
     parts = []
     for index, thing in enumerate(things):
-        options = [f for f in carried(thing) if not (linked and index < 2 and f == "place")]
+        options = [f for f in carried(thing) if not (link and index < 2 and f == "place")]
         details = set(rng.sample(options, min(rng.randint(*budget), len(options))))
         if len(things) == 1 or rng.random() < 0.85:
             details.add("colour")
         parts.append(phrase(thing, details))
-    if linked:
+    if link:
         parts = [f"{parts[0]} {link} {parts[1]}", *parts[2:]]
     text = rng.choice(FORMS).format(_join(parts))
     if len(text.split()) < 8 or rng.random() < 0.15:
@@ -210,15 +211,14 @@ def _long(scene: Scene, rng: Random) -> str:
         if total == 1
         else f"In all there are {NUMBERS[total]} things in the picture and nothing else."
     )
-    fillers = rng.sample(FILLERS, len(FILLERS))
-    while fillers and (_length(sentences) < 110 or (_length(sentences) < 150 and rng.random() < 0.3)):
-        sentences.insert(rng.randint(1, len(sentences)), fillers.pop())
+    # The phrase book's words are one CLIP token each, with few exceptions; two more mark start and end.
+    length = 2 + len(re.findall(r"\w+|[^\w\s]", " ".join(sentences)))
+    for filler in reversed(rng.sample(FILLERS, len(FILLERS))):
+        if length >= LONG_TOKENS and (length >= 150 or rng.random() >= 0.3):
+            break
+        sentences.insert(rng.randint(1, len(sentences)), filler)
+        length += len(re.findall(r"\w+|[^\w\s]", filler))
     return " ".join(sentences)
-
-
-def _length(sentences: list[str]) -> int:
-    """About how many CLIP tokens: the phrase book's words are one token each, with few exceptions."""
-    return 2 + sum(len(re.findall(r"\w+|[^\w\s]", sentence)) for sentence in sentences)
 
 
 def _describe(thing: Thing, index: int, of: int, rng: Random) -> list[str]:

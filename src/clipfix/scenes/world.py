@@ -7,7 +7,7 @@ Source: the nine patterns of MMVP (arXiv 2401.06209, section 3.2), each tied to 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
@@ -83,7 +83,7 @@ class Scene:
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, strings and numbers, as stored in a shard's json."""
         return {
-            "things": [asdict(thing) for thing in self.things],
+            "things": [dict(vars(thing)) for thing in self.things],
             "background": self.background,
             "jitter": [list(offset) for offset in self.jitter],
         }

@@ -1,0 +1,33 @@
+"""Any method of conf/method/ on small models, and a batch for it: what the contract and two-rank tests share."""
+
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from clipfix.backbone import Backbone
+from clipfix.methods.base import Method
+
+CONF = Path(__file__).parents[2] / "conf"
+METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+WORDS = "red blue green fish house lamp star heart left right open closed two three above below".split()
+
+
+def build(name: str, clip_folder: str, generator_folder: str, **overrides: object) -> Method:
+    """The method as its yaml configures it, on random small models, a few steps long."""
+    diffusion = {"_target_": "clipfix.diffusion.Diffusion", "path": generator_folder, "dtype": "fp32"}
+    config = OmegaConf.create({"diffusion": diffusion, "method": OmegaConf.load(CONF / "method" / f"{name}.yaml")})
+    config.method.update({"steps": 4, "warmup_steps": 1, **overrides})
+    if name == "diva" and "patches" not in overrides:
+        config.method.patch_amount = 7  # with the class token the eight tokens of the small generator's text
+    torch.manual_seed(0)
+    return instantiate(config.method, backbone=Backbone(clip_folder, pretrained="random"))
+
+
+def batch(rows: int, seed: int = 0) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    captions = [
+        " ".join(WORDS[int(i)] for i in torch.randint(len(WORDS), (4,), generator=generator)) for _ in range(rows)
+    ]
+    return {"image": torch.rand(rows, 3, 32, 32, generator=generator), "caption": captions, "skipped": 0}

@@ -1,0 +1,113 @@
+"""What every method promises, found by listing conf/method/: a new yaml file is tested here without an edit."""
+
+import inspect
+
+import lightning as L
+import pytest
+import torch
+from hydra.utils import get_class
+from omegaconf import OmegaConf
+from small import CONF, METHODS, batch, build
+from torch.utils.data import DataLoader
+
+from clipfix.methods.base import Method, parameter_groups, warmup_cosine
+
+
+@pytest.fixture(params=METHODS)
+def method(request, clip_folder, generator_folder) -> Method:
+    return build(request.param, clip_folder, generator_folder)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_yaml_binds_to_the_constructor(name):
+    """Config keys are the constructor's arguments, all of them, and no scientific value hides in a default."""
+    config = OmegaConf.to_container(OmegaConf.load(CONF / "method" / f"{name}.yaml"))
+    signature = inspect.signature(get_class(config.pop("_target_")).__init__)
+    config.pop("_convert_")
+    arguments = {k: p for k, p in signature.parameters.items() if k not in ("self", "backbone")}
+    assert config.keys() == arguments.keys()
+    assert all(p.default is inspect.Parameter.empty for p in arguments.values())
+
+
+def test_loss_is_named_finite_terms_and_reaches_every_trained_weight(method):
+    method.seed_draws(0)
+    terms = method.loss(batch(4))
+    assert terms
+    assert all(term.shape == () and term.isfinite() for term in terms.values())
+    sum(terms.values()).backward()
+    without = [n for n, p in method.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without, f"trained but out of the loss's reach (DDP would hang): {without}"
+    assert all(p.grad is None for p in method.parameters() if not p.requires_grad)
+
+
+def test_loss_repeats_for_the_same_draws(method):
+    values = []
+    for step in (0, 0, 1):
+        method.seed_draws(step)
+        values.append(torch.stack(list(method.loss(batch(4)).values())).sum().item())
+    assert values[0] == values[1]
+
+
+def fit(method: Method, folder, steps: int, resume=None) -> L.Trainer:
+    """A real Trainer over a stream that yields batch n at step n, also after resuming."""
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return (batch(4, seed) for seed in range(method.batches_seen, 100))
+
+    checkpoint = L.pytorch.callbacks.ModelCheckpoint(folder, filename="last", enable_version_counter=False)
+    trainer = L.Trainer(
+        max_steps=steps, max_epochs=-1, accelerator="cpu", logger=False, callbacks=[checkpoint],
+        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+    )  # fmt: skip
+    trainer.fit(method, DataLoader(Stream(), batch_size=None), ckpt_path=resume, weights_only=True)
+    return trainer
+
+
+def test_frozen_is_bit_identical_and_trained_moves(method, tmp_path):
+    before = {name: p.detach().clone() for name, p in method.named_parameters()}
+    fit(method, tmp_path, steps=3)
+    moved = {name for name, p in method.named_parameters() if not torch.equal(p, before[name])}
+    trained = method.trained_names()
+    assert moved <= trained
+    assert len(moved) > len(trained) / 2
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_resumed_equals_uninterrupted(name, clip_folder, generator_folder, tmp_path):
+    whole = build(name, clip_folder, generator_folder)
+    fit(whole, tmp_path / "whole", steps=4)
+    fit(build(name, clip_folder, generator_folder), tmp_path / "parts", steps=2)
+    rest = build(name, clip_folder, generator_folder)
+    fit(rest, tmp_path / "parts", steps=4, resume=tmp_path / "parts" / "last.ckpt")
+    for (key, left), right in zip(whole.named_parameters(), rest.parameters(), strict=True):
+        assert torch.equal(left, right), key
+
+
+def test_checkpoint_holds_the_trained_weights_alone(method, tmp_path):
+    method.config_yaml = "seed: 0\n"
+    fit(method, tmp_path, steps=1)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert saved["state_dict"].keys() == method.trained_names()
+    assert saved["config_yaml"] == "seed: 0\n"
+
+
+def test_checkpoint_of_another_config_is_refused(clip_folder, generator_folder, tmp_path):
+    fit(build("finetune", clip_folder, generator_folder, train=["visual"]), tmp_path, steps=1)
+    other = build("finetune", clip_folder, generator_folder, train=["text"])
+    with pytest.raises(ValueError, match="trains other weights"):
+        fit(other, tmp_path, steps=2, resume=tmp_path / "last.ckpt")
+
+
+def test_norms_biases_scalars_and_tables_do_not_decay(method):
+    decay = next(group["params"] for group in parameter_groups(method) if "weight_decay" not in group)
+    kept = next(group["params"] for group in parameter_groups(method) if group.get("weight_decay") == 0.0)
+    names = {id(p): n for n, p in method.named_parameters()}
+    assert all(p.ndim >= 2 and "positional_embedding" not in names[id(p)] for p in decay)
+    assert {names[id(p)] for p in decay + kept} == method.trained_names()
+
+
+def test_schedule_warms_up_then_falls_along_a_cosine():
+    """4 warm-up steps of 12: quarters, then cos from 1 through 1/2 in the middle of the other 8 to 0."""
+    factors = [warmup_cosine(step, warmup_steps=4, steps=12) for step in (0, 1, 3, 4, 8, 12, 20)]
+    assert factors == pytest.approx([0.25, 0.5, 1.0, 1.0, 0.5, 0.0, 0.0])

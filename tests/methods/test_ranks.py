@@ -1,0 +1,64 @@
+"""Two gloo ranks equal one rank on the joined batch: loss and gradients, for every method in conf/method/."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from small import METHODS, batch, build
+from torch.nn.parallel import DistributedDataParallel
+
+from clipfix.methods.base import Method
+
+ROWS, WORLD = 6, 2
+
+
+class Step(torch.nn.Module):
+    """What DDP wraps: forward is the summed loss."""
+
+    def __init__(self, method: Method):
+        super().__init__()
+        self.method = method
+
+    def forward(self, inputs: dict) -> torch.Tensor:
+        self.method.seed_draws(0)
+        return torch.stack(list(self.method.loss(inputs).values())).sum()
+
+
+def rows(inputs: dict, start: int, stop: int) -> dict:
+    return {key: value[start:stop] if isinstance(value, list | torch.Tensor) else value for key, value in inputs.items()}
+
+
+def gradients(method: Method) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in method.named_parameters() if p.requires_grad}
+
+
+def worker(rank: int, clip_folder: str, generator_folder: str, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    torch.set_num_threads(1)
+    for name in METHODS:
+        method = build(name, clip_folder, generator_folder)
+        part = ROWS // WORLD
+        loss = DistributedDataParallel(Step(method))(rows(batch(ROWS), rank * part, (rank + 1) * part))
+        loss.backward()
+        dist.all_reduce(mean := loss.detach() / WORLD)
+        if rank == 0:
+            torch.save({"loss": mean, "gradients": gradients(method)}, f"{folder}/{name}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def together(clip_folder, generator_folder, tmp_path_factory):
+    """Loss and averaged gradients of each method on two ranks; one pair of processes does them all."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(worker, (clip_folder, generator_folder, str(folder)), nprocs=WORLD)
+    return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in METHODS}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_ranks_equal_one(name, together, clip_folder, generator_folder):
+    alone = build(name, clip_folder, generator_folder)
+    loss = Step(alone)(batch(ROWS))
+    loss.backward()
+    torch.testing.assert_close(together[name]["loss"], loss.detach(), rtol=1e-4, atol=1e-6)
+    for key, gradient in gradients(alone).items():
+        torch.testing.assert_close(together[name]["gradients"][key], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
