@@ -8,7 +8,9 @@ import pytest
 from jaxtyping import install_import_hook
 
 os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-install_import_hook(["clipfix.functional", "clipfix.methods", "clipfix.evals", "clipfix.data", "clipfix.shards"], "beartype.beartype")
+install_import_hook(
+    ["clipfix.functional", "clipfix.methods", "clipfix.evals", "clipfix.data", "clipfix.shards"], "beartype.beartype"
+)
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +54,11 @@ def generator_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
             "num_attention_heads": 2,
             "max_position_embeddings": 8,
         },
-        scheduler={"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+        scheduler={
+            "num_train_timesteps": 1000,
+            "beta_schedule": "scaled_linear",
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+        },
     )
     return str(folder)

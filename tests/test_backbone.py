@@ -115,6 +115,17 @@ def test_openai_files_want_quick_gelu(tmp_path: Path, archive: str) -> None:
         Backbone(str(other), pretrained=str(file))
 
 
+def test_text_tower_from_another_folder(folder: Path, tmp_path: Path) -> None:
+    teacher = Backbone(str(folder), "random")
+    nn.init.normal_(teacher.text.token_embedding.weight)
+    teacher.logit_scale.data.fill_(4.0)
+    student = Backbone(str(folder), "random", text_from=str(teacher.save(tmp_path / "teacher", torch.float32)))
+    tokens = student.tokenize(["a red circle"])
+    torch.testing.assert_close(student.encode_text(tokens), teacher.encode_text(tokens))
+    assert student.logit_scale == teacher.logit_scale
+    assert not torch.equal(student.visual.proj, teacher.visual.proj)
+
+
 def test_no_code_runs_from_a_checkpoint(folder: Path, tmp_path: Path) -> None:
     torch.save({"state_dict": folder}, file := tmp_path / "object.pt")
     with pytest.raises(Exception, match=r"[Ww]eights.only"):

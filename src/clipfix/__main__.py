@@ -3,6 +3,7 @@
 import difflib
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -13,13 +14,23 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, OmegaConfBaseException
 
 # Heavy libraries are imported inside the verbs: `--help`, `--cfg job` and a mistyped key must answer at once.
 
 PACKAGE = Path(__file__).parent
 # An installed wheel carries conf/ inside the package; in a checkout it lies at the top, where people look.
 CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parents[1] / "conf") if folder.is_dir())
+
+
+# Warnings about what is meant to be so, which would push the table off the screen.
+HARMLESS = (
+    r"Found \d+ module\(s\) in eval mode",  # frozen models rest in eval mode
+    r"`isinstance\(treespec, LeafSpec\)`",  # between Lightning and torch
+    r"Total length of `list` across ranks is zero",  # a run without a selection split
+    r"You defined a `validation_step` but have no",  # the same
+    r"Checkpoint directory .* exists and is not empty",  # a resumed run
+)
 
 
 # -- verbs: one a run --------------------------------------------------------------------------------------------------
@@ -48,7 +59,9 @@ def fit(cfg: DictConfig, folder: Path) -> None:
         scores["before"] = evaluate(backbone.to(trainer.strategy.root_device), benchmarks)
     trainer.fit(method, data, ckpt_path=checkpoint_to_resume(cfg.resume, folder), weights_only=True)
 
-    chosen = (callbacks.get("best") or callbacks["newest"]).best_model_path
+    last = folder / "checkpoints" / "last.ckpt"
+    trainer.save_checkpoint(last)
+    chosen = callbacks["best"].best_model_path if "best" in callbacks else str(last)
     weights = torch.load(chosen, map_location="cpu", weights_only=True)
     method.load_state_dict(weights["state_dict"], strict=False)
     if trainer.is_global_zero:
@@ -79,6 +92,8 @@ def build(cfg: DictConfig) -> tuple[Any, dict[str, Any]]:
     """What every verb starts from: a seeded process, the backbone, its benchmarks."""
     import lightning as L
 
+    for harmless in HARMLESS:
+        warnings.filterwarnings("ignore", harmless)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     return instantiate(cfg.backbone), instantiate(cfg.eval.benchmarks)
 
@@ -181,12 +196,11 @@ def explain(error: BaseException) -> str:
     cause = error.__cause__
     if isinstance(cause, ValueError):  # hydra wraps what a constructor raised in its own text
         return str(cause)
-    parent = getattr(cause, "parent_node", None)
-    if parent is None:
+    if not isinstance(cause, ConfigAttributeError) or cause.parent_node is None:
         return str(error).split("Config search path")[0].strip()
     wrong = str(cause.full_key)
     prefix = wrong.rpartition(".")[0]
-    choices = [f"{prefix}.{key}".lstrip(".") for key in parent if key != "hydra"]
+    choices = [f"{prefix}.{key}".lstrip(".") for key in cause.parent_node if key != "hydra"]
     close = difflib.get_close_matches(wrong, choices, n=1)
     hint = f"Did you mean {close[0]}? " if close else ""
     return f"There is no {wrong}. {hint}Choices: {', '.join(choices)}."

@@ -46,21 +46,21 @@ class PatchPCA(ModelMixin, ConfigMixin):
     def fit(self, images: Float[Tensor, "b 3 h w"]) -> None:
         """Set both convolutions from images in [-1, 1]: z_i = u_i . (x - colour mean) / s_i.
 
-        s_i^2 is proportional to variance_i^whitening (1: every component alike, 0: their natural proportions), such that
-        the latents' mean variance is 1, the scale that noise schedules are made for.
+        s_i^2 is proportional to variance_i^whitening (1: every component alike, 0: their natural proportions), and the
+        latents' mean variance is 1, the scale that noise schedules are made for.
         """
-        size, channels = self.config.patch_size, self.config.latent_channels
+        config: Any = self.config
+        size, kept = config.patch_size, config.latent_channels
         patches = F.unfold(images.double(), size, stride=size).movedim(1, 2).flatten(0, 1)
         variance, axes = torch.linalg.eigh(torch.cov(patches.T, correction=0))
-        variance, axes = variance.flip(0)[:channels], axes.flip(1)[:, :channels]
-        scale = variance ** (self.config.whitening / 2)
+        variance, axes = variance.flip(0)[:kept], axes.flip(1)[:, :kept]
+        scale = variance ** (config.whitening / 2)
         scale = scale * (variance / scale**2).mean().sqrt()
         colour = images.double().mean((0, 2, 3))
         encode = (axes / scale).T.unflatten(1, (3, size, size))
-        self.encoder.weight.copy_(encode)
-        self.encoder.bias.copy_(-torch.einsum("kcyx,c->k", encode, colour))
-        self.decoder.weight.copy_((axes * scale).T.unflatten(1, (3, size, size)))
-        self.decoder.bias.copy_(colour)
+        decode = (axes * scale).T.unflatten(1, (3, size, size))
+        self.encoder.load_state_dict({"weight": encode, "bias": -torch.einsum("kcyx,c->k", encode, colour)})
+        self.decoder.load_state_dict({"weight": decode, "bias": colour})
 
     def encode(self, images: Float[Tensor, "b 3 h w"]) -> AutoencoderKLOutput:
         """Latents as a distribution without spread (log-variance -30), so that its mean, mode and samples agree."""
@@ -123,7 +123,7 @@ class Diffusion(nn.Module):
         images = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
-    def condition(self, texts: list[str]) -> Float[Tensor, "b t c"]:
+    def condition(self, texts: list[str]) -> Float[Tensor, "b t d"]:
         """What the U-Net attends to: the text encoder's last hidden states; those of "" are the null text."""
         tokens = self.tokenizer(
             texts, padding="max_length", max_length=self.condition_tokens, truncation=True, return_tensors="pt"
@@ -151,7 +151,7 @@ class Diffusion(nn.Module):
         self,
         noisy: Float[Tensor, "b c y x"],
         timesteps: Int[Tensor, " b"],
-        condition: Float[Tensor, "b t c"],
+        condition: Float[Tensor, "b t d"],
     ) -> Float[Tensor, "b c y x"]:
         """The U-Net's answer, in fp32; its condition may have any number of tokens."""
         dtype = self.unet.dtype
@@ -165,13 +165,15 @@ class Diffusion(nn.Module):
 
         Source: DDIM, arXiv 2010.02502; guidance, arXiv 2207.12598.
         """
-        scheduler = DDIMScheduler.from_config(self.scheduler.config)
+        scheduler = DDIMScheduler.from_config(self.scheduler.config, clip_sample=False)  # latents have no bounds
         scheduler.set_timesteps(steps, device=self.unet.device)
         text, null = self.condition(texts), self.condition([""] * len(texts))
         shape = (len(texts), self.unet.config.in_channels, self.unet.config.sample_size, self.unet.config.sample_size)
         latents = torch.randn(shape, generator=generator, device=generator.device).to(self.unet.device)
         for timestep in scheduler.timesteps:
-            with_text, without = (self.predict(latents, timestep, condition) for condition in (text, null))
+            with_text, without = (
+                self.predict(latents, timestep.expand(len(texts)), condition) for condition in (text, null)
+            )
             guided = without + guidance * (with_text - without)
             latents = scheduler.step(guided, timestep, latents).prev_sample
         return self.decode(latents)
@@ -190,7 +192,7 @@ def blank(
     words that training never meets stay there, and the 49,408 rows of CLIP's vocabulary compress to the few that occur.
     """
     text_model = CLIPTextModel(CLIPTextConfig(**text_encoder))
-    nn.init.zeros_(text_model.get_input_embeddings().weight)
+    nn.init.zeros_(text_model.get_input_embeddings().weight)  # type: ignore[arg-type]
     tokenizer = clip_tokenizer(text_model.config.max_position_embeddings)
     parts = UNet2DConditionModel(**unet), PatchPCA(**vae), text_model, tokenizer, DDPMScheduler(**scheduler)
     _write(folder, torch.float32, *parts)
@@ -208,7 +210,7 @@ def clip_tokenizer(context_length: int) -> CLIPTokenizer:
     symbols = sorted(ByteLevel.alphabet())
     pieces = symbols + [s + "</w>" for s in symbols] + ["".join(merge) for merge in merges]
     vocab = {piece: index for index, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=context_length)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=context_length)  # type: ignore[arg-type]
 
 
 def _folder(path: str, revision: str | None) -> Path:
@@ -230,9 +232,10 @@ def _write(
     scheduler: DDPMScheduler,
 ) -> None:
     folder = Path(folder)
-    for model, name in ((unet, "unet"), (vae, "vae")):
+    models: dict[str, Any] = {"unet": unet, "vae": vae}
+    for name, model in models.items():
         nn.Module.to(copy.deepcopy(model), dtype).save_pretrained(folder / name)  # diffusers' own `to` warns of nothing
-    scheduler.save_pretrained(folder / "scheduler")
+    scheduler.save_pretrained(folder / "scheduler")  # type: ignore[attr-defined]
     # tokenizer.json holds vocabulary and merges once more, at twice the size, and transformers 4 does without it.
     for name in tokenizer.save_pretrained(folder / "tokenizer"):
         if name.endswith("tokenizer.json"):

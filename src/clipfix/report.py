@@ -4,16 +4,15 @@ import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lightning.pytorch.loggers import Logger, WandbLogger
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from lightning.pytorch.loggers import Logger
-
-    from clipfix.evals import Benchmark
+from clipfix.evals import Benchmark
 
 GREY, BLUE = "#b8bec9", "#3a6ea5"
 Scores = dict[str, float]
@@ -22,9 +21,9 @@ Scores = dict[str, float]
 def write(
     folder: Path,
     scores: dict[str, Scores],
-    benchmarks: Mapping[str, "Benchmark"],
+    benchmarks: Mapping[str, Benchmark],
     facts: dict[str, Any],
-    loggers: Sequence["Logger"] = (),
+    loggers: Sequence[Logger] = (),
 ) -> None:
     """Table, results.json and pictures of the scores taken (`before`, `after`), in the run folder and every logger."""
     (folder / "results.json").write_text(json.dumps({**facts, "scores": scores}, indent=2) + "\n")
@@ -32,7 +31,7 @@ def write(
     figures |= {name: benchmark.figure(list(scores)) for name, benchmark in benchmarks.items()}
     pictures = {name: save(figure, folder / f"{name}.png") for name, figure in figures.items() if figure}
     for logger in loggers:
-        if hasattr(logger, "log_image"):
+        if isinstance(logger, WandbLogger):
             for name, path in pictures.items():
                 logger.log_image(f"report/{name}", [str(path)])
             logger.log_table(
@@ -74,7 +73,8 @@ def table(scores: dict[str, Scores]) -> Table:
         if change:
             difference = values[1] - values[0]
             cells.append(f"{difference:+.1f}" if abs(difference) >= 0.05 else "0.0")
-        shown.add_row("" if benchmark == last else benchmark, metric.replace("_", " "), *cells)
+        named = metric.replace("_", " ") + (" (count)" if metric == "ties" else "")
+        shown.add_row("" if benchmark == last else benchmark, named, *cells)
         last = benchmark
     return shown
 
@@ -122,6 +122,8 @@ def curves(metrics_csv: Path) -> Figure | None:
     for name in lines:
         stage, metric = name.split("/", 1)
         panels.setdefault(metric if stage in ("train", "val") else name, []).append(name)
+    if sum(name.startswith("train/") for name in lines) == 2:  # a single term is the loss
+        panels.pop("loss")
     across = min(3, len(panels))
     down = -(-len(panels) // across)
     figure = Figure(figsize=(4 * across, 2.6 * down), layout="constrained")
@@ -132,10 +134,11 @@ def curves(metrics_csv: Path) -> Figure | None:
                 *zip(*lines[name], strict=True), color=colour, marker="." if len(lines[name]) < 20 else "", label=name
             )
         axis.set_title(title.replace("_", " "), fontsize=10)
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axis.spines[["top", "right"]].set_visible(False)
         if len(names) > 1:
             axis.legend(frameon=False, fontsize=8)
-    for axis in list(figure.axes)[len(panels) :]:
+    for axis in figure.axes[len(panels) :]:
         axis.remove()
     figure.supxlabel("step", fontsize=9)
     return figure

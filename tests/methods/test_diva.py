@@ -8,7 +8,13 @@ from small import batch, build
 
 from clipfix.methods.diva import PATCH_RULES, average_patches, condition_from_tokens, random_patches, share_of_patches
 
-RULES = [("none", None, "mean"), ("all", None, "mean"), ("random", 7, "tokenwise"), ("share", 0.5, "mean"), ("average", 2, "mean")]
+RULES = [
+    ("none", None, "mean"),
+    ("all", None, "mean"),
+    ("random", 7, "tokenwise"),
+    ("share", 0.5, "mean"),
+    ("average", 2, "mean"),
+]
 
 
 def cpu_draw(sampler, *args, rows, shape=()):
@@ -73,9 +79,7 @@ def test_only_visual_tower_and_projection_train(clip_folder, generator_folder):
 
 @pytest.mark.parametrize(("patches", "amount", "null_text"), RULES)
 def test_every_token_rule_gives_a_condition(patches, amount, null_text, clip_folder, generator_folder):
-    method = build(
-        "diva", clip_folder, generator_folder, patches=patches, patch_amount=amount, null_text=null_text
-    )
+    method = build("diva", clip_folder, generator_folder, patches=patches, patch_amount=amount, null_text=null_text)
     method.seed_draws(0)
     tokens = {"none": 1, "all": 17, "random": 8, "share": 9, "average": 5}[patches]
     assert method.condition(batch(2)["image"]).shape == (2, tokens, 12)
@@ -139,4 +143,7 @@ def test_image_size_serves_both_models(clip_folder, generator_folder):
 
 def test_noise_schedule_is_the_folders(clip_folder, generator_folder):
     method = build("diva", clip_folder, generator_folder)
-    assert method.diffusion.num_timesteps == DDPMScheduler.from_pretrained(generator_folder, subfolder="scheduler").config.num_train_timesteps
+    assert (
+        method.diffusion.num_timesteps
+        == DDPMScheduler.from_pretrained(generator_folder, subfolder="scheduler").config.num_train_timesteps
+    )

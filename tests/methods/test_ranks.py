@@ -25,7 +25,9 @@ class Step(torch.nn.Module):
 
 
 def rows(inputs: dict, start: int, stop: int) -> dict:
-    return {key: value[start:stop] if isinstance(value, list | torch.Tensor) else value for key, value in inputs.items()}
+    return {
+        key: value[start:stop] if isinstance(value, list | torch.Tensor) else value for key, value in inputs.items()
+    }
 
 
 def gradients(method: Method) -> dict[str, torch.Tensor]:
@@ -61,4 +63,6 @@ def test_two_ranks_equal_one(name, together, clip_folder, generator_folder):
     loss.backward()
     torch.testing.assert_close(together[name]["loss"], loss.detach(), rtol=1e-4, atol=1e-6)
     for key, gradient in gradients(alone).items():
-        torch.testing.assert_close(together[name]["gradients"][key], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(
+            together[name]["gradients"][key], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}"
+        )

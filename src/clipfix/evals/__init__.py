@@ -4,8 +4,9 @@
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from matplotlib.figure import Figure
 from rich.progress import track
 
 from clipfix.backbone import Backbone
@@ -22,6 +23,10 @@ class Benchmark(ABC):
     @abstractmethod
     def score(self, features: Features) -> dict[str, float]:
         """Metrics by name, in percent, from the features of a backbone."""
+
+    def figure(self, columns: Sequence[str]) -> Figure | None:
+        """Pictures that show what the last scorings answered, one column each; None where there is nothing to see."""
+        return None
 
 
 def evaluate(backbone: Backbone, benchmarks: Mapping[str, Benchmark]) -> dict[str, float]:

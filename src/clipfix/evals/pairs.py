@@ -1,15 +1,18 @@
 """Look-alike pairs: two pictures that differ in one thing, and a statement for each."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 
 import torch
 from jaxtyping import Bool, Float
+from matplotlib.figure import Figure
 from torch import Tensor
 
+from clipfix.data import samples
 from clipfix.evals import Benchmark
-from clipfix.evals.embed import Features
+from clipfix.evals.embed import Features, Sample
+from clipfix.evals.gallery import Cell, gallery
 
 
 def picks(
@@ -35,21 +38,45 @@ class Pairs(Benchmark):
 
     def __init__(self, shards: str | Sequence[str], prefix: str) -> None:
         self.shards, self.prefix = shards, prefix
+        self.answers: list[dict[int, bool]] = []  # per scoring: pair -> both texts picked their own image
 
     def score(self, features: Features) -> dict[str, float]:
-        images, samples = features.images(self.shards)
-        pairs: dict[int, list[int]] = defaultdict(list)
-        for i, sample in enumerate(samples):
-            pairs[sample["json"]["pair"]].append(i)
-        halves = sum(len(pair) != 2 for pair in pairs.values())
-        if halves:
-            raise ValueError(f"{halves} look-alikes in {self.shards} are not two pictures: write these shards again.")
-        order = torch.tensor(list(pairs.values()), device=images.device)
-        texts = features.texts([self.prefix + sample["json"]["statement"] for sample in samples])
+        images, kept = features.images(self.shards)
+        row = {id(sample): i for i, sample in enumerate(kept)}
+        pairs = self.grouped(kept)
+        order = torch.tensor([[row[id(sample)] for sample in pair] for pair in pairs.values()])
+        texts = features.texts([self.prefix + sample["json"]["statement"] for sample in kept])
         right, tied = picks(images[order], texts[order])
+        self.answers.append(dict(zip(pairs, right.tolist(), strict=True)))
         by_pattern: dict[str, list[bool]] = defaultdict(list)
-        for first, answer in zip(order[:, 0].tolist(), right.tolist(), strict=True):
-            pattern = samples[first]["json"]["pattern"].lower().replace(" ", "_")
-            by_pattern[pattern].append(answer)
+        for (first, _), answer in zip(pairs.values(), right.tolist(), strict=True):
+            by_pattern[first["json"]["pattern"].lower().replace(" ", "_")].append(answer)
         scores = {pattern: 100 * fmean(answers) for pattern, answers in by_pattern.items()}
         return {"mean": fmean(scores.values()), **scores, "ties": float(tied.sum())}
+
+    def figure(self, columns: Sequence[str]) -> Figure | None:
+        """One pair a pattern, if possible one whose answer changed between the last scorings."""
+        answers = self.answers[-len(columns) :]
+        by_pattern: dict[str, list[tuple[bool, int, list[Sample]]]] = defaultdict(list)
+        for number, pair in self.grouped(samples(self.shards)).items():
+            changed = len({scoring[number] for scoring in answers}) > 1
+            by_pattern[pair[0]["json"]["pattern"]].append((not changed, number, pair))
+        cells = []
+        for pattern, candidates in by_pattern.items():
+            _, number, (first, second) = min(candidates, key=lambda candidate: candidate[:2])
+            verdicts = [
+                (f"{column}: {'told apart' if scoring[number] else 'mixed up'}", scoring[number])
+                for column, scoring in zip(columns, answers, strict=True)
+            ]
+            cells.append(Cell(first["image"], pattern, [(first["json"]["statement"], None), *verdicts]))
+            cells.append(Cell(second["image"], "", [(second["json"]["statement"], None)]))
+        return gallery(cells, across=6)
+
+    def grouped(self, samples: Iterable[Sample]) -> dict[int, list[Sample]]:
+        """The two samples of each pair."""
+        pairs: dict[int, list[Sample]] = defaultdict(list)
+        for sample in samples:
+            pairs[sample["json"]["pair"]].append(sample)
+        if halves := sum(len(pair) != 2 for pair in pairs.values()):
+            raise ValueError(f"{halves} look-alikes in {self.shards} are not two pictures: write these shards again.")
+        return pairs

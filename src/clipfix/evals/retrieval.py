@@ -1,19 +1,23 @@
 """Retrieval: find the caption of a picture among all captions, and the picture of a caption among all pictures."""
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from random import Random
 from statistics import fmean
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from matplotlib.figure import Figure
 from torch import Tensor
 from torchmetrics.functional.retrieval import retrieval_hit_rate
 
-from clipfix.data import Text
+from clipfix.data import Text, samples
 from clipfix.evals import Benchmark
 from clipfix.evals.embed import Features
+from clipfix.evals.gallery import Cell, gallery
 
+SHOWN = 12  # pictures in the figure
 CHUNK = 256  # queries a matmul: at 31k x 155k the whole score matrix would take 19 GB
 
 
@@ -49,11 +53,15 @@ class Retrieval(Benchmark):
         allow_pipe: bool = False,
     ) -> None:
         self.shards, self.text, self.recall_at, self.allow_pipe = shards, Text(**text), list(recall_at), allow_pipe
+        self.found: list[list[tuple[str, bool]]] = []  # per scoring: the nearest caption of each shown picture
 
     def score(self, features: Features) -> dict[str, float]:
-        images, samples = features.images(self.shards, self.allow_pipe)
-        captions = [self.text.draw(sample, Random(sample["key"])) for sample in samples]
-        texts = features.texts([caption for several in captions for caption in several])
+        images, kept = features.images(self.shards, self.allow_pipe)
+        captions = [self.text.draw(sample, Random(sample["key"])) for sample in kept]
+        flat = [caption for several in captions for caption in several]
+        texts = features.texts(flat)
+        nearest = (images[:SHOWN] @ texts.T).argmax(dim=1).tolist()
+        self.found.append([(flat[text], flat[text] in captions[i]) for i, text in enumerate(nearest)])
         picture = torch.arange(len(images), device=images.device)
         owner = picture.repeat_interleave(self.text.k)
         scores = {
@@ -65,3 +73,14 @@ class Retrieval(Benchmark):
             for k, score in recalls.items()
         }
         return {"mean": fmean(scores.values()), **scores}
+
+    def figure(self, columns: Sequence[str]) -> Figure | None:
+        """The first pictures, and which caption each of the last scorings found for them."""
+        shown = islice(samples(self.shards or (), self.allow_pipe), SHOWN)
+        cells = []
+        for i, sample in enumerate(shown):
+            own = self.text.draw(sample, Random(sample["key"]))[0]
+            found = [scoring[i] for scoring in self.found[-len(columns) :]]
+            lines = [(f"{name}: {text}", right) for name, (text, right) in zip(columns, found, strict=True)]
+            cells.append(Cell(sample["image"], "", [(own, None), *lines]))
+        return gallery(cells, across=4)

@@ -3,12 +3,13 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -62,18 +63,24 @@ class Method(L.LightningModule, ABC):
         self.seed_draws(self.batches_seen)
         terms = self.loss(batch)
         self.batches_seen += 1
-        return self.log_terms("train", terms, len(batch["image"]), on_step=True, on_epoch=False)
+        return self.log_terms("train", terms, batch)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         # The same draws at every check, so that two checks differ by the weights alone.
         self.seed_draws(batch_idx)
-        self.log_terms("val", self.loss(batch), len(batch["image"]), on_step=False, on_epoch=True)
+        self.log_terms("val", self.loss(batch), batch)
 
-    def log_terms(self, stage: str, terms: dict[str, Tensor], batch_size: int, **when: bool) -> Tensor:
+    def log_terms(self, stage: Literal["train", "val"], terms: dict[str, Tensor], batch: dict[str, Any]) -> Tensor:
+        """Their sum, after logging it and each term: every training step, or the mean over a validation pass."""
         total = torch.stack(list(terms.values())).sum()
         for name, value in {**terms, "loss": total}.items():
-            self.log(f"{stage}/{name}", value.detach(), batch_size=batch_size, sync_dist=True, **when)
-        self.log(f"{stage}/loss_bar", total.detach(), prog_bar=True, logger=False, batch_size=batch_size, **when)
+            self.log(
+                f"{stage}/{name}",
+                value.detach(),
+                batch_size=len(batch["image"]),
+                sync_dist=True,
+                prog_bar=name == "loss",
+            )
         return total
 
     def on_train_batch_end(self, *_: Any) -> None:
@@ -107,7 +114,7 @@ class Method(L.LightningModule, ABC):
 
     # -- what trains --------------------------------------------------------------------------------------------------
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         settings = dict(self.optimizer_settings)
         optimizer = getattr(torch.optim, settings.pop("name"))(parameter_groups(self), **settings)
         schedule = LambdaLR(optimizer, lambda step: warmup_cosine(step, self.warmup_steps, self.steps))
@@ -158,12 +165,13 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     Source: CLIP (arXiv 2103.00020), section 2.5, decays "all weights that are not gains or biases"; tables of
     positions and the class token join them here, because decay would pull rows that a batch never reads to zero.
     """
-    decay, keep = [], []
+    decay: list[nn.Parameter] = []
+    keep: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             is_table = name.endswith(("positional_embedding", "class_embedding", "pos_embed"))
             (keep if parameter.ndim < 2 or is_table else decay).append(parameter)
-    groups = [{"params": decay}, {"params": keep, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": decay}, {"params": keep, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 

@@ -1,11 +1,11 @@
 """Training a generator: the noise-prediction error of a latent diffusion model on captioned pictures."""
 
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -95,9 +95,10 @@ class Denoise(Method):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Beside every checkpoint the generator itself, as the folder that `diffusion.path` takes."""
         super().on_save_checkpoint(checkpoint)
+        callback = self.trainer.checkpoint_callback
+        assert isinstance(callback, ModelCheckpoint)
         if self.trainer.is_global_zero:
-            folder = Path(self.trainer.checkpoint_callback.dirpath)
-            self.diffusion.save_pretrained(folder / "diffusion", torch.float16)
+            self.diffusion.save_pretrained(f"{callback.dirpath}/diffusion", torch.float16)
 
 
 def joined_texts(batch: dict[str, Any]) -> list[str]:

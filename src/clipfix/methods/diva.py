@@ -104,6 +104,8 @@ class DIVA(Method):
     un-normalizes it with the constants of another data set.
     """
 
+    null: Tensor
+
     def __init__(
         self,
         backbone: Backbone,

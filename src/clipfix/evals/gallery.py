@@ -1,0 +1,48 @@
+"""Pictures with words beneath: what a person looks at beside the scores."""
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+from PIL import Image
+
+GREEN, RED, INK = "#2e7d32", "#c62828", "#2b2f36"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One picture, its title above, and lines beneath, each in green (right), red (wrong) or ink (neither)."""
+
+    image: Image.Image
+    title: str
+    lines: Sequence[tuple[str, bool | None]]
+
+
+def gallery(cells: Sequence[Cell], across: int, characters: int = 30) -> Figure:
+    """A grid of cells, read row by row."""
+    down = -(-len(cells) // across)
+    wrapped = [
+        [(piece, right) for text, right in cell.lines for piece in textwrap.wrap(text, characters)[:3]]
+        for cell in cells
+    ]
+    deepest = max(len(lines) for lines in wrapped)
+    figure = Figure(figsize=(2.1 * across, down * (2.1 + 0.17 * (deepest + 1))), layout="tight")
+    axes = figure.subplots(down, across, squeeze=False).flat
+    for axis, cell, lines in zip(axes, cells, wrapped, strict=False):
+        axis.imshow(cell.image.resize((256, 256), Image.Resampling.LANCZOS))
+        axis.set_title(cell.title, fontsize=8, color=INK, fontweight="bold")
+        for row, (line, right) in enumerate(lines):
+            colour = INK if right is None else GREEN if right else RED
+            axis.annotate(
+                line,
+                (0.5, -5 - 11 * row),
+                xycoords=("axes fraction", "axes points"),
+                ha="center",
+                va="top",
+                fontsize=7,
+                color=colour,
+            )
+    for axis in figure.axes:
+        axis.axis("off")
+    return figure

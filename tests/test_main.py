@@ -1,0 +1,190 @@
+"""The front door: the real command, on the real configs, with small data."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from shards import photographs
+
+from clipfix.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+METHODS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
+# Two steps on CPU, everything logged; drawn worlds of a few dozen pictures.
+RUN = [
+    "logger=csv",
+    "trainer=cpu",
+    "trainer.val_check_interval=1",
+    "trainer.log_every_n_steps=1",
+    "method.warmup_steps=1",
+]
+DATA = ["data.batch_size=8", "data.workers=0", "data.shuffle=0"]
+SIZES = {"train": 64, "selection": 48, "test": 48, "pairs_selection": 2, "pairs_test": 2, "processes": 1}
+WORLD = [f"data.prepare.{name}={size}" for name, size in SIZES.items()]
+QUICK = [*RUN, *DATA, *WORLD, "method.steps=2"]
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory) -> str:
+    return f"data.prepare.root={tmp_path_factory.mktemp('world') / 'scenes'}"
+
+
+@pytest.fixture
+def clipfix(tmp_path, monkeypatch, capsys):
+    """Runs the command in an empty folder; returns the newest run folder and what was printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments: str) -> tuple[Path, str]:
+        monkeypatch.setattr(sys, "argv", ["clipfix", *arguments])
+        main()
+        runs = sorted(tmp_path.glob("outputs/**/results.json"), key=os.path.getmtime)
+        return (runs[-1].parent if runs else tmp_path), capsys.readouterr().out
+
+    return command
+
+
+def refusal(clipfix, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        clipfix(*arguments)
+    assert isinstance(exit_.value.code, str)
+    assert "Traceback" not in exit_.value.code
+    return exit_.value.code
+
+
+def python_m_clipfix(*arguments: str, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "clipfix", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fit_leaves_a_complete_run_folder(method, clipfix, scenes):
+    folder, printed = clipfix(f"method={method}", scenes, *QUICK)
+    results = json.loads((folder / "results.json").read_text())
+    assert results["scores"]["before"].keys() == results["scores"]["after"].keys()
+    assert "before" in printed
+    assert "change" in printed
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["method"]["steps"] == 2
+    with (folder / "metrics.csv").open() as file:
+        columns = set(csv.DictReader(file).fieldnames or ())
+    assert {"train/loss", "perf/images_per_second", "data/skipped"} <= columns
+    for picture in ("scores", "curves", "pairs", "retrieval_short"):
+        with Image.open(folder / f"{picture}.png") as image:
+            assert min(image.size) > 200
+    assert {path.name for path in (folder / "checkpoints").iterdir()} >= {"last.ckpt", "best.ckpt"}
+
+
+def test_eval_of_a_checkpoint_repeats_the_scores_after_fit(clipfix, scenes):
+    fit, _ = clipfix("method=finetune", "method.optimizer.lr=0.01", scenes, *QUICK)
+    after = json.loads((fit / "results.json").read_text())["scores"]["after"]
+    again, _ = clipfix("run=eval", f"checkpoint={fit / 'checkpoints' / 'best.ckpt'}", "method=finetune", scenes, *QUICK)
+    assert json.loads((again / "results.json").read_text())["scores"]["score"] == after
+
+
+def test_resume_auto_continues_the_newest_run_to_the_same_weights(clipfix, scenes):
+    settings = ["method=finetune", "method.optimizer.lr=1e-3", "method.steps=4", scenes, *RUN, *DATA, *WORLD]
+    whole, _ = clipfix(*settings)
+    weights = torch.load(whole / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    time.sleep(1)  # run folders are named by the second
+    part, _ = clipfix("trainer.max_steps=2", *settings)
+    rest, printed = clipfix("resume=auto", *settings)
+    assert rest == part != whole
+    assert "Resuming" in printed
+    resumed = torch.load(rest / "checkpoints" / "last.ckpt", weights_only=True)
+    assert resumed["global_step"] == 4
+    for key, tensor in weights.items():
+        assert torch.equal(tensor, resumed["state_dict"][key]), key
+
+
+def test_same_seed_same_scores_and_sweeps_differ_by_seed(clipfix, scenes, tmp_path):
+    clipfix("-m", "seed=1,2,1", "method=finetune", "method.optimizer.lr=0.01", "eval.selection=null", scenes, *QUICK)
+    one, two, three = (
+        json.loads(path.read_text())["scores"]["after"]
+        for path in sorted(tmp_path.glob("outputs/sweeps/*/*/results.json"), key=os.path.getmtime)
+    )
+    assert one == three != two
+
+
+def test_photographs_packed_by_img2dataset(clipfix, tmp_path):
+    """The main job on real pictures in a folder as img2dataset leaves it, scored by retrieval."""
+    photographs(folder := tmp_path / "photos")
+    run, _ = clipfix(
+        "method=finetune", "data=shards", "eval=standard", f"data.train={folder}", f"data.selection={folder}",
+        f"eval.shards={folder}", *RUN, *DATA, "data.batch_size=2", "method.steps=2",
+    )  # fmt: skip
+    scores = json.loads((run / "results.json").read_text())["scores"]
+    assert scores["after"]["eval/retrieval/image_to_text_R@10"] == 100.0
+    assert (run / "retrieval.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["seeed=1"], ["no seeed", "Did you mean seed?", "backbone"]),
+        (["method.step=1"], ["no method.step", "method.steps"]),
+        (["method=divaa"], ["method/divaa", "diva", "finetune"]),
+        (["run=train"], ["run=train", "fit, eval"]),
+        (["backbone=vit-l14"], ["data.train, eval.shards"]),
+        (["backbone=vit-b32", "data.train=nowhere/*.tar", "eval=none"], ["backbone.pretrained=/path/to/file"]),
+        (["backbone.pretrained=nowhere.pt"], ["nowhere.pt"]),
+        (["method=finetune", "method.train=[vision]"], ["visual, text, logit_scale"]),
+        (["method=finetune", "data=shards", "data.train=nowhere/*.tar", "eval=none"], ["nowhere"]),
+    ],
+)
+def test_mistakes_get_one_clear_error(arguments, words, clipfix):
+    message = refusal(clipfix, *arguments)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("backbone", sorted(path.stem for path in (ROOT / "conf" / "backbone").glob("*.yaml")))
+@pytest.mark.parametrize("method", METHODS)
+def test_every_pair_of_method_and_backbone_composes(method, backbone, clipfix):
+    _, printed = clipfix(f"method={method}", f"backbone={backbone}", "--cfg", "job")
+    config = yaml.safe_load(printed)
+    generator = "tiny/diffusion" if backbone == "tiny" else "stable-diffusion-2-1-base"
+    assert generator in config["diffusion"]["path"]
+    assert config["data"]["train"] == ("???" if backbone != "tiny" else config["data"]["train"])
+
+
+@pytest.mark.parametrize("group", ["data", "trainer", "logger", "eval", "diffusion", "experiment"])
+def test_every_choice_of_every_group_composes(group, clipfix):
+    for path in sorted((ROOT / "conf" / group).glob("*.yaml")):
+        _, printed = clipfix(f"{group}={path.stem}", "--cfg", "job")
+        assert yaml.safe_load(printed)["seed"] == 0
+
+
+def test_help_is_quick_and_lists_the_groups():
+    """The bar is 2 s on a quiet machine; here the quickest of three counts, and a slower machine is allowed for."""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        shown = python_m_clipfix("--help").stdout
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 4
+    assert all(re.search(rf"^{group}: ", shown, re.MULTILINE) for group in ("method", "backbone", "data", "eval"))
+
+
+def test_wheel_runs_from_any_folder(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        cwd=ROOT, check=True, capture_output=True,
+    )  # fmt: skip
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        wheel.extractall(site)
+    assert (site / "clipfix" / "tiny" / "clip" / "open_clip_model.safetensors").exists()
+    shown = python_m_clipfix(
+        "--cfg", "job", "-p", "backbone", "--resolve", cwd=elsewhere, env={**os.environ, "PYTHONPATH": str(site)}
+    )
+    assert str(site / "clipfix" / "tiny" / "clip") in shown.stdout, shown.stderr
