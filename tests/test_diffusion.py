@@ -1,5 +1,7 @@
 """The generator against diffusers itself, from folders with random weights that diffusers and transformers wrote."""
 
+import json
+import shutil
 from pathlib import Path
 
 import open_clip
@@ -200,3 +202,17 @@ def test_saved_text_encoder_has_the_keys_of_every_release(generator_folder):
 def test_missing_model_names_the_key_that_takes_a_folder(path, tmp_path):
     with pytest.raises(ValueError, match=r"diffusion\.path=/folder"):
         Diffusion(path.format(empty=tmp_path))
+
+
+def test_unknown_dtype_names_the_choices(folder):
+    with pytest.raises(ValueError, match="fp32 or bf16"):
+        Diffusion(str(folder), dtype="fp16")
+
+
+def test_model_of_another_target_is_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    PNDMScheduler(**NOISE).save_pretrained(tmp_path / "scheduler")
+    config = json.loads((tmp_path / "scheduler/scheduler_config.json").read_text())
+    (tmp_path / "scheduler/scheduler_config.json").write_text(json.dumps(config | {"prediction_type": "sample"}))
+    with pytest.raises(ValueError, match="epsilon or v_prediction"):
+        Diffusion(str(tmp_path))

@@ -29,7 +29,15 @@ RUN = [
     "method.warmup_steps=1",
 ]
 DATA = ["data.batch_size=8", "data.workers=0", "data.shuffle=0"]
-SIZES = {"train": 64, "selection": 48, "test": 48, "pairs_selection": 2, "pairs_test": 2, "processes": 1}
+SIZES = {
+    "train": 64,
+    "selection": 48,
+    "test": 48,
+    "pairs_train": 1,
+    "pairs_selection": 2,
+    "pairs_test": 2,
+    "processes": 1,
+}
 WORLD = [f"data.prepare.{name}={size}" for name, size in SIZES.items()]
 QUICK = [*RUN, *DATA, *WORLD, "method.steps=2"]
 

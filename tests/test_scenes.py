@@ -18,7 +18,7 @@ from clipfix.scenes import KINDS, PATTERNS, Scene, Thing, captions, draw, factor
 from clipfix.scenes.shards import Job, contents, series, split_of
 from clipfix.scenes.world import CARRIED, values
 
-SIZES = {"train": 64, "selection": 24, "test": 24, "pairs_selection": 1, "pairs_test": 2}
+SIZES = {"train": 64, "selection": 24, "test": 24, "pairs_train": 1, "pairs_selection": 1, "pairs_test": 2}
 SIDES = ("above", "below", "to the left of", "to the right of")
 PLACES = (
     "at the top left", "at the top", "at the top right",

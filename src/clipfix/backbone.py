@@ -39,9 +39,9 @@ class Backbone(nn.Module):
 
     `name` is an open_clip architecture (`ViT-L-14-quickgelu`), an open_clip folder, or `hf-hub:org/repo`.
     `pretrained` is an open_clip tag, a checkpoint file, `random`, or null: the folder's own weights, or random ones
-    for an architecture. `text_from` is an open_clip folder whose text tower and temperature replace this model's.
-    `context_length` must equal the checkpoint's position table: stretching it is a method's
-    work (Long-CLIP), never a side effect of loading.
+    for an architecture. `context_length` must equal the checkpoint's position table: stretching it is a method's work
+    (Long-CLIP), never a side effect of loading. `text_from` is an open_clip folder whose text tower and temperature
+    replace this model's own.
     """
 
     mean: Tensor
@@ -62,15 +62,11 @@ class Backbone(nn.Module):
             self.config["text_cfg"]["context_length"] = context_length
         self.model = _build(self.config)
         self.preprocess = preprocess | {"size": self.image_size}
-        self.register_buffer(
-            "mean", torch.tensor(preprocess["mean"], dtype=torch.float32).view(3, 1, 1), persistent=False
-        )
-        self.register_buffer(
-            "std", torch.tensor(preprocess["std"], dtype=torch.float32).view(3, 1, 1), persistent=False
-        )
+        mean, std = (torch.tensor(preprocess[key], dtype=torch.float32).view(3, 1, 1) for key in ("mean", "std"))
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
         if weights := _find_weights(name, self.folder, pretrained):
             _load(self.model, weights, name, quick_gelu=self.config.get("quick_gelu", False))
-
         elif isinstance(self.model.text, TextTransformer):
             # Words start at nothing: one that training never reads says nothing, and leaves zeros in the file.
             nn.init.zeros_(self.model.text.get_parameter("token_embedding.weight"))

@@ -25,7 +25,9 @@ from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging
 
+logging.disable_progress_bar()  # a bar for the second that a text encoder takes to load breaks the run's own
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -84,6 +86,8 @@ class Diffusion(nn.Module):
 
     def __init__(self, path: str, revision: str | None = None, dtype: Literal["fp32", "bf16"] = "fp32") -> None:
         super().__init__()
+        if dtype not in DTYPES:
+            raise ValueError(f"diffusion.dtype is {dtype}: choose {' or '.join(DTYPES)}.")
         weights: dict[str, Any] = {"use_safetensors": True, "torch_dtype": DTYPES[dtype], "low_cpu_mem_usage": False}
         try:
             folder = _folder(path, revision)
@@ -103,6 +107,10 @@ class Diffusion(nn.Module):
         self.requires_grad_(False).eval()
 
         self.prediction_type: str = self.scheduler.config.prediction_type
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(
+                f"{path} predicts {self.prediction_type!r}: diffusion.path takes a model of epsilon or v_prediction."
+            )
         self.num_timesteps: int = self.scheduler.config.num_train_timesteps
         self.condition_dim: int = self.unet.config.cross_attention_dim
         self.condition_tokens: int = self.tokenizer.model_max_length

@@ -27,7 +27,7 @@ def write(
 ) -> None:
     """Table, results.json and pictures of the scores taken (`before`, `after`), in the run folder and every logger."""
     (folder / "results.json").write_text(json.dumps({**facts, "scores": scores}, indent=2) + "\n")
-    figures = {"scores": bars(scores), "curves": curves(folder / "metrics.csv")}
+    figures = {"scores": bars(scores), "curves": curves(join_metrics(folder))}
     figures |= {name: benchmark.figure(list(scores)) for name, benchmark in benchmarks.items()}
     pictures = {name: save(figure, folder / f"{name}.png") for name, figure in figures.items() if figure}
     for logger in loggers:
@@ -105,16 +105,29 @@ def bars(scores: dict[str, Scores]) -> Figure | None:
     return figure
 
 
-def curves(metrics_csv: Path) -> Figure | None:
+def join_metrics(folder: Path) -> list[dict[str, str]]:
+    """The csv logger's rows from all starts of this run, also written to metrics.csv; a later start wins its steps."""
+    rows: list[dict[str, str]] = []
+    for part in sorted(folder.glob("metrics/version_*/metrics.csv"), key=lambda path: int(path.parent.name[8:])):
+        with part.open() as file:
+            newer = list(csv.DictReader(file))
+        first = min((int(row["step"]) for row in newer), default=0)
+        rows = [row for row in rows if int(row["step"]) < first] + newer
+    if rows:
+        with (folder / "metrics.csv").open("w") as file:
+            writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for row in rows for name in row)))
+            writer.writeheader()
+            writer.writerows(rows)
+    return rows
+
+
+def curves(metrics: list[dict[str, str]]) -> Figure | None:
     """Every loss, selection score and rate that the csv logger wrote, against the optimizer step."""
-    if not metrics_csv.exists():
-        return None
     lines: dict[str, list[tuple[int, float]]] = {}
-    with metrics_csv.open() as file:
-        for record in csv.DictReader(file):
-            for name, value in record.items():
-                if value and name.split("/")[0] in ("train", "val", "selection", "perf"):
-                    lines.setdefault(name, []).append((int(record["step"]), float(value)))
+    for row in metrics:
+        for name, value in row.items():
+            if value and name.split("/")[0] in ("train", "val", "selection", "perf"):
+                lines.setdefault(name, []).append((int(row["step"]), float(value)))
     if not lines:
         return None
     # train/x and val/x share a panel: their distance is what one looks for.

@@ -11,7 +11,7 @@ from clipfix.methods.base import Method
 
 CONF = Path(__file__).parents[2] / "conf"
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
-WORDS = "red blue green fish house lamp star heart left right open closed two three above below".split()
+WORDS = ["red", "blue", "fish", "house", "star", "heart", "left", "right", "open", "two", "three", "above"]
 
 
 def build(name: str, clip_folder: str, generator_folder: str, **overrides: object) -> Method:

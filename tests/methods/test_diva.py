@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from hydra.errors import InstantiationException
 from small import batch, build
 
 from clipfix.methods.diva import PATCH_RULES, average_patches, condition_from_tokens, random_patches, share_of_patches
@@ -127,7 +128,7 @@ def test_null_text_rules():
     ],
 )
 def test_wrong_settings_say_how_to_fix_them(wrong, message, clip_folder, generator_folder):
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(InstantiationException, match=message):
         build("diva", clip_folder, generator_folder, **wrong)
 
 

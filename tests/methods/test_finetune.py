@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hydra.errors import InstantiationException
 from open_clip.loss import ClipLoss
 from small import batch, build
 
@@ -26,5 +27,5 @@ def test_loss_is_clips_own(clip_folder, generator_folder):
 
 
 def test_unknown_part_names_the_choices(clip_folder, generator_folder):
-    with pytest.raises(ValueError, match="visual, text, logit_scale"):
+    with pytest.raises(InstantiationException, match="visual, text, logit_scale"):
         build("finetune", clip_folder, generator_folder, train=["vision"])

@@ -40,7 +40,8 @@ def worker(rank: int, clip_folder: str, generator_folder: str, folder: str) -> N
     for name in METHODS:
         method = build(name, clip_folder, generator_folder)
         part = ROWS // WORLD
-        loss = DistributedDataParallel(Step(method))(rows(batch(ROWS), rank * part, (rank + 1) * part))
+        step = DistributedDataParallel(Step(method))  # held by a name: its hooks die with it
+        loss = step(rows(batch(ROWS), rank * part, (rank + 1) * part))
         loss.backward()
         dist.all_reduce(mean := loss.detach() / WORLD)
         if rank == 0:

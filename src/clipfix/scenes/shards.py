@@ -49,7 +49,7 @@ class Job:
 
 def prepare(
     root: str | Path, seed: int, train: int, selection: int, test: int,
-    pairs_selection: int, pairs_test: int, processes: int = 2,
+    pairs_train: int, pairs_selection: int, pairs_test: int, processes: int = 2,
 ) -> Path:  # fmt: skip
     """The folder of shards, drawn now if it is not there; sizes are scenes, and pairs per MMVP pattern.
 
@@ -60,12 +60,15 @@ def prepare(
         raise ValueError(f"train scenes come in series of {SERIES}, {train} does not divide: set data.prepare.train")
     info = {
         "world": WORLD, "seed": seed, "train": train, "selection": selection, "test": test,
-        "pairs_selection": pairs_selection, "pairs_test": pairs_test,
+        "pairs_train": pairs_train, "pairs_selection": pairs_selection, "pairs_test": pairs_test,
     }  # fmt: skip
     if root.is_dir() and any(root.iterdir()):
         return _verified(root, info)
     jobs = [Job("train", False, i, min(SHARD, train - start), seed) for i, start in enumerate(range(0, train, SHARD))]
     jobs += [Job("selection", False, 0, selection, seed), Job("test", False, 0, test, seed)]
+    rounds = SHARD // (2 * len(PATTERNS))  # a round is one pair of each pattern
+    starts = range(0, pairs_train, rounds)
+    jobs += [Job("train", True, i, min(rounds, pairs_train - start), seed) for i, start in enumerate(starts)]
     jobs += [Job("selection", True, 0, pairs_selection, seed), Job("test", True, 0, pairs_test, seed)]
     root.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
@@ -119,7 +122,7 @@ def contents(job: Job) -> Iterator[tuple[Scene, dict[str, Any]]]:
     """What a shard holds, in order."""
     rng = Random(f"{job.seed}/{job.name}")
     if job.pairs:
-        for number, pattern in enumerate(pattern for pattern in PATTERNS for _ in range(job.size)):
+        for number, pattern in enumerate(pattern for _ in range(job.size) for pattern in PATTERNS):
             first, first_statement, second, second_statement = _own_pair(rng, pattern, job.split)
             yield first, {"pattern": pattern, "statement": first_statement, "pair": number}
             yield second, {"pattern": pattern, "statement": second_statement, "pair": number}
