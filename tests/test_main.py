@@ -54,6 +54,7 @@ def clipfix(tmp_path, monkeypatch, capsys):
 
     def command(*arguments: str) -> tuple[Path, str]:
         monkeypatch.setattr(sys, "argv", ["clipfix", *arguments])
+        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)  # `main` sets it
         main()
         runs = sorted(tmp_path.glob("outputs/**/results.json"), key=os.path.getmtime)
         return (runs[-1].parent if runs else tmp_path), capsys.readouterr().out
@@ -115,7 +116,7 @@ def test_resume_auto_continues_the_newest_run_to_the_same_weights(clipfix, scene
 
 
 def test_same_seed_same_scores_and_sweeps_differ_by_seed(clipfix, scenes, tmp_path):
-    clipfix("-m", "seed=1,2,1", "method=finetune", "method.optimizer.lr=0.01", "eval.selection=null", scenes, *QUICK)
+    clipfix("-m", "seed=1,2,1", "method=diva", "method.optimizer.lr=0.01", "eval.selection=null", scenes, *QUICK)
     one, two, three = (
         json.loads(path.read_text())["scores"]["after"]
         for path in sorted(tmp_path.glob("outputs/sweeps/*/*/results.json"), key=os.path.getmtime)
@@ -127,12 +128,14 @@ def test_photographs_packed_by_img2dataset(clipfix, tmp_path):
     """The main job on real pictures in a folder as img2dataset leaves it, scored by retrieval."""
     photographs(folder := tmp_path / "photos")
     run, _ = clipfix(
-        "method=finetune", "data=shards", "eval=standard", f"data.train={folder}", f"data.selection={folder}",
-        f"eval.shards={folder}", *RUN, *DATA, "data.batch_size=2", "method.steps=2",
+        *RUN, *DATA, "logger=wandb", "method=finetune", "data=shards", "eval=standard",
+        f"data.train={folder}", f"data.selection={folder}", f"eval.shards={folder}", 
+        "data.batch_size=2", "method.steps=2",
     )  # fmt: skip
     scores = json.loads((run / "results.json").read_text())["scores"]
     assert scores["after"]["eval/retrieval/image_to_text_R@10"] == 100.0
     assert (run / "retrieval.png").exists()
+    assert list(run.glob("wandb/offline-run-*/files/media/images/report/retrieval*.png"))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The whole program: compose the config, build, score, train, score again, report."""
 
 import difflib
+import logging
 import os
 import sys
 import warnings
@@ -30,6 +31,7 @@ HARMLESS = (
     r"Total length of `list` across ranks is zero",  # a run without a selection split
     r"You defined a `validation_step` but have no",  # the same
     r"Checkpoint directory .* exists and is not empty",  # a resumed run
+    r"y_pred contains classes not in y_true",  # a probe on a small test split
 )
 
 
@@ -78,14 +80,20 @@ def score(cfg: DictConfig, folder: Path) -> None:
     from clipfix.evals import evaluate
 
     backbone, benchmarks = build(cfg)
-    instantiate(cfg.data, image_size=backbone.image_size).prepare_data()
+    if cfg.data.prepare:
+        instantiate(cfg.data.prepare)()
     if cfg.checkpoint:
         load_repair(backbone, cfg.checkpoint)
     backbone.to("cuda" if torch.cuda.is_available() else "cpu")
-    report.write(folder, {"score": evaluate(backbone, benchmarks)}, benchmarks, {"checkpoint": cfg.checkpoint})
+    facts = {"checkpoint": cfg.checkpoint, "seed": cfg.seed}
+    report.write(folder, {"score": evaluate(backbone, benchmarks)}, benchmarks, facts)
 
 
-VERBS = {"fit": fit, "eval": score}
+# Each verb with the groups that must be complete for it.
+VERBS = {
+    "fit": (fit, ("trainer", "callbacks", "logger", "data", "eval", "diffusion", "method", "backbone")),
+    "eval": (score, ("eval", "backbone")),
+}
 
 
 def build(cfg: DictConfig) -> tuple[Any, dict[str, Any]]:
@@ -94,6 +102,7 @@ def build(cfg: DictConfig) -> tuple[Any, dict[str, Any]]:
 
     for harmless in HARMLESS:
         warnings.filterwarnings("ignore", harmless)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     return instantiate(cfg.backbone), instantiate(cfg.eval.benchmarks)
 
@@ -165,9 +174,10 @@ OmegaConf.register_new_resolver("wandb_offline", wandb_offline, use_cache=True)
 def run(cfg: DictConfig) -> None:
     if cfg.run not in VERBS:
         raise ValueError(f"run={cfg.run} is no verb: choose from {', '.join(VERBS)}.")
-    if missing := list(unset(OmegaConf.to_container(cfg))):
+    verb, groups = VERBS[cfg.run]
+    if missing := list(unset(OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(groups))))):
         raise ValueError(f"Not set: {', '.join(missing)}. Give a value on the command line, as in {missing[0]}=...")
-    VERBS[cfg.run](cfg, Path(HydraConfig.get().runtime.output_dir))
+    verb(cfg, Path(HydraConfig.get().runtime.output_dir))
 
 
 def unset(node: Any, path: str = "") -> Iterator[str]:

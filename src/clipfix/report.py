@@ -2,6 +2,7 @@
 
 import csv
 import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
+from clipfix.callbacks import peak_memory_gb
 from clipfix.evals import Benchmark
 
+STARTED = time.perf_counter()
 GREY, BLUE = "#b8bec9", "#3a6ea5"
 Scores = dict[str, float]
 
@@ -26,6 +29,7 @@ def write(
     loggers: Sequence[Logger] = (),
 ) -> None:
     """Table, results.json and pictures of the scores taken (`before`, `after`), in the run folder and every logger."""
+    facts = {**facts, "seconds": round(time.perf_counter() - STARTED), "peak_memory_gb": round(peak_memory_gb(), 2)}
     (folder / "results.json").write_text(json.dumps({**facts, "scores": scores}, indent=2) + "\n")
     figures = {"scores": bars(scores), "curves": curves(join_metrics(folder))}
     figures |= {name: benchmark.figure(list(scores)) for name, benchmark in benchmarks.items()}
@@ -38,7 +42,9 @@ def write(
                 "report/scores", columns=["score", *scores], data=[[row, *values] for row, values in rows(scores)]
             )
     Console().print(table(scores))
-    Console().print(f"Run folder: {folder}", soft_wrap=True)
+    Console().print(
+        f"{facts['seconds']} s, peak memory {facts['peak_memory_gb']} GB. Run folder: {folder}", soft_wrap=True
+    )
 
 
 def save(figure: Figure, path: Path) -> Path:
