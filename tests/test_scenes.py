@@ -225,10 +225,11 @@ def test_factors_are_flat_and_cover_the_probes() -> None:
 
 def test_shards_hold_the_schema(world: Path) -> None:
     assert sorted(path.name for path in world.iterdir()) == [
-        "info.json", "pairs-selection-00000.tar", "pairs-test-00000.tar", "selection-00000.tar", "test-00000.tar",
-        "train-00000.tar",
+        "info.json", "pairs-selection-00000.tar", "pairs-test-00000.tar", "pairs-train-00000.tar",
+        "selection-00000.tar", "test-00000.tar", "train-00000.tar",
     ]  # fmt: skip
-    for name, number in {"train": 64, "selection": 24, "test": 24, "pairs-selection": 18, "pairs-test": 36}.items():
+    sizes = {"train": 64, "selection": 24, "test": 24, "pairs-train": 18, "pairs-selection": 18, "pairs-test": 36}
+    for name, number in sizes.items():
         stored = read(world, name)
         assert len({entry["__key__"] for entry in stored}) == number
         for entry in stored:

@@ -28,6 +28,7 @@ from clipfix.scenes.world import PATTERNS, WORLD, Scene, factors, look_alike, sa
 Split = Literal["train", "selection", "test"]
 
 SHARES: tuple[Split, ...] = ("train",) * 6 + ("selection",) * 2 + ("test",) * 2
+OPENINGS = ("", "a photo of ", "a picture of ", "a drawing of ")  # how people say what they see
 SERIES = 4  # a train scene and three looks at it, each with another factor changed
 SHARD = 512  # train scenes in a shard; the other splits are one shard each
 
@@ -124,8 +125,9 @@ def contents(job: Job) -> Iterator[tuple[Scene, dict[str, Any]]]:
     if job.pairs:
         for number, pattern in enumerate(pattern for _ in range(job.size) for pattern in PATTERNS):
             first, first_statement, second, second_statement = _own_pair(rng, pattern, job.split)
-            yield first, {"pattern": pattern, "statement": first_statement, "pair": number}
-            yield second, {"pattern": pattern, "statement": second_statement, "pair": number}
+            for scene, statement in ((first, first_statement), (second, second_statement)):
+                phrasings = [opening + statement for opening in OPENINGS]
+                yield scene, {"pattern": pattern, "statement": statement, "phrasings": phrasings, "pair": number}
     elif job.split == "train":
         for number in range(job.size // SERIES):
             for scene in series(rng):
