@@ -36,6 +36,8 @@ def write(
     pictures = {name: save(figure, folder / f"{name}.png") for name, figure in figures.items() if figure}
     for logger in loggers:
         if isinstance(logger, WandbLogger):
+            for column, values in scores.items():
+                logger.log_metrics(values, step=0 if column == "before" else facts["step"])
             for name, path in pictures.items():
                 logger.log_image(f"report/{name}", [str(path)])
             logger.log_table(

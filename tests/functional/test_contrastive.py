@@ -53,3 +53,11 @@ def test_blind_model_scores_log_n():
     """All features alike: every answer has probability 1/n, so the loss is ln n at any scale."""
     same = F.normalize(torch.ones(5, 8), dim=-1)
     assert float(contrastive_loss(same, same, same, same, torch.tensor(30.0), 0)) == pytest.approx(math.log(5))
+
+
+def test_autocast_does_not_round_the_logits():
+    image, text = (rows.float() for rows in features(64, seed=4))
+    arguments = (image, text, image, text, torch.tensor(100.0), 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = contrastive_loss(*arguments)
+    assert inside.item() == contrastive_loss(*arguments).item()

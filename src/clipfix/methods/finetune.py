@@ -39,8 +39,8 @@ class Finetune(Method):
 
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         tokens = self.backbone.tokenize(batch["caption"])
-        image = F.normalize(self.backbone.encode_image(batch["image"]), dim=-1)
-        text = F.normalize(self.backbone.encode_text(tokens), dim=-1)
+        image = F.normalize(self.backbone.encode_image(batch["image"]).float(), dim=-1)
+        text = F.normalize(self.backbone.encode_text(tokens).float(), dim=-1)
         return {
             "contrastive": contrastive_loss(
                 image,

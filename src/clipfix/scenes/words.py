@@ -69,6 +69,11 @@ def captions(scene: Scene, rng: Random) -> Captions:
     }
 
 
+def names(scene: Scene) -> str:
+    """Every thing and its colour, no detail, no error: what a picture tower learns that is never asked for more."""
+    return _join([phrase(thing, {"colour"}) for thing in scene.things])
+
+
 def pairs(rng: Random, pattern: str) -> tuple[Scene, str, Scene, str]:
     """Two scenes that differ in one factor, each with the shortest phrase that tells it from the other.
 
