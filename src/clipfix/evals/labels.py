@@ -13,3 +13,8 @@ def labels(samples: list[Sample], factor: str) -> dict[int, str]:
         for row, sample in enumerate(samples)
         if len(sample["json"]["scene"]["things"]) == 1 and sample["json"]["factors"][factor] is not None
     }
+
+
+def alone(sample: Sample) -> bool:
+    """Whether the picture's one kind of thing is there once, not as a group of copies."""
+    return sample["json"]["factors"]["count"] == 1

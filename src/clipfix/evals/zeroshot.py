@@ -9,7 +9,7 @@ from torchmetrics.functional.classification import multiclass_accuracy
 
 from clipfix.evals import Benchmark
 from clipfix.evals.embed import Features
-from clipfix.evals.labels import labels
+from clipfix.evals.labels import alone, labels
 
 
 class Question(TypedDict):
@@ -20,7 +20,7 @@ class Question(TypedDict):
 
 
 class ZeroShot(Benchmark):
-    """Accuracy per factor with an ensemble of templates.
+    """Accuracy per factor with an ensemble of templates, on pictures of one thing: "a star" does not name three stars.
 
     A class is the normalized mean of its normalized prompts. Source: Radford et al. 2021 (arXiv 2103.00020), 3.1.4;
     the same vector as `zero_shot_classifier` of clip_benchmark.
@@ -36,7 +36,7 @@ class ZeroShot(Benchmark):
             classes, templates = list(question["classes"]), question["templates"]
             prompts = features.texts([template.format(name) for name in classes for template in templates])
             heads = normalize(prompts.unflatten(0, (len(classes), len(templates))).mean(dim=1), dim=-1)
-            asked = labels(samples, factor)
+            asked = {row: name for row, name in labels(samples, factor).items() if alone(samples[row])}
             truth = torch.tensor([classes.index(name) for name in asked.values()], device=images.device)
             similarity = images[list(asked)] @ heads.T
             right = multiclass_accuracy(similarity, truth, num_classes=len(classes), average="micro")
