@@ -66,7 +66,7 @@ def test_training_and_validation_share_a_panel_and_one_term_is_not_drawn_twice()
 
 def test_write_leaves_numbers_and_pictures(tmp_path, capsys):
     write_part(tmp_path, 0, [{"step": 0, "train/loss": 1.0}])
-    report.write(tmp_path, SCORES, {}, {"seed": 3})
+    report.write(tmp_path, SCORES, {}, {"seed": 3, "seconds": 4.2})
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["scores"] == SCORES
     assert results["seed"] == 3

@@ -4,6 +4,7 @@ import difflib
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from datetime import datetime
@@ -40,6 +41,7 @@ HARMLESS = (
 
 def fit(cfg: DictConfig, folder: Path) -> None:
     """Score, train, score what the selection split prefers, report."""
+    started = time.perf_counter()
     import torch
 
     from clipfix import report
@@ -68,12 +70,14 @@ def fit(cfg: DictConfig, folder: Path) -> None:
     method.load_state_dict(weights["state_dict"], strict=False)
     if trainer.is_global_zero:
         scores["after"] = evaluate(backbone.to(trainer.strategy.root_device), benchmarks)
-        facts = {"checkpoint": chosen, "step": weights["global_step"], "seed": cfg.seed}
+        seconds = time.perf_counter() - started
+        facts = {"checkpoint": chosen, "step": weights["global_step"], "seed": cfg.seed, "seconds": seconds}
         report.write(folder, scores, benchmarks, facts, loggers)
 
 
 def score(cfg: DictConfig, folder: Path) -> None:
     """Score the backbone, or a checkpoint of an earlier run, without training."""
+    started = time.perf_counter()
     import torch
 
     from clipfix import report
@@ -85,8 +89,9 @@ def score(cfg: DictConfig, folder: Path) -> None:
     if cfg.checkpoint:
         load_repair(backbone, cfg.checkpoint)
     backbone.to("cuda" if torch.cuda.is_available() else "cpu")
-    facts = {"checkpoint": cfg.checkpoint, "seed": cfg.seed}
-    report.write(folder, {"score": evaluate(backbone, benchmarks)}, benchmarks, facts)
+    scores = {"score": evaluate(backbone, benchmarks)}
+    facts = {"checkpoint": cfg.checkpoint, "seed": cfg.seed, "seconds": time.perf_counter() - started}
+    report.write(folder, scores, benchmarks, facts)
 
 
 # Each verb with the groups that must be complete for it.

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from rich.table import Table
 from clipfix.callbacks import peak_memory_gb
 from clipfix.evals import Benchmark
 
-STARTED = time.perf_counter()
 GREY, BLUE = "#b8bec9", "#3a6ea5"
 Scores = dict[str, float]
 
@@ -29,7 +27,7 @@ def write(
     loggers: Sequence[Logger] = (),
 ) -> None:
     """Table, results.json and pictures of the scores taken (`before`, `after`), in the run folder and every logger."""
-    facts = {**facts, "seconds": round(time.perf_counter() - STARTED), "peak_memory_gb": round(peak_memory_gb(), 2)}
+    facts = {**facts, "peak_memory_gb": round(peak_memory_gb(), 2)}
     (folder / "results.json").write_text(json.dumps({**facts, "scores": scores}, indent=2) + "\n")
     figures = {"scores": bars(scores), "curves": curves(join_metrics(folder))}
     figures |= {name: benchmark.figure(list(scores)) for name, benchmark in benchmarks.items()}
@@ -45,7 +43,7 @@ def write(
             )
     Console().print(table(scores))
     Console().print(
-        f"{facts['seconds']} s, peak memory {facts['peak_memory_gb']} GB. Run folder: {folder}", soft_wrap=True
+        f"{facts['seconds']:.0f} s, peak memory {facts['peak_memory_gb']} GB. Run folder: {folder}", soft_wrap=True
     )
 
 

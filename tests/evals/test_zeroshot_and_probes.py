@@ -10,8 +10,8 @@ COLOURS = ("red", "green", "blue")
 QUESTION = {"colour": {"classes": COLOURS, "templates": ["{}", "a {} thing"]}}
 
 
-def record(colour, things=1):
-    return {"factors": {"colour": colour}, "scene": {"things": [{}] * things}}
+def record(colour, things=1, count=1):
+    return {"factors": {"colour": colour, "count": count}, "scene": {"things": [{}] * things}}
 
 
 @pytest.fixture
@@ -34,6 +34,13 @@ def test_zeroshot_of_planted_answers(shard):
     assert ask(planted(0, lambda i: i % 3)) == {"colour": 100}
     assert ask(planted(0, lambda i: (i + 1) % 3)) == {"colour": 0}
     assert ask(planted(0, lambda i: 0)) == {"colour": pytest.approx(100 / 3)}
+
+
+def test_zeroshot_leaves_groups_out(tmp_path):
+    """The group's picture lies on green's axis: were it asked, one answer of three would be wrong."""
+    shard = write_shard(tmp_path / "test.tar", [record("red"), record("red", count=3), record("blue")])
+    backbone = planted(0, lambda i: (0, 1, 2)[i % 3])
+    assert ZeroShot(shard, QUESTION)(backbone) == {"colour": 100}
 
 
 def test_zeroshot_is_clip_benchmarks(shard):
