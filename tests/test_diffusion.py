@@ -184,6 +184,8 @@ def test_saved_folder_loads_as_it_was(generator_folder, generator, tmp_path):
     texts = ["a red fish", ""]
     torch.testing.assert_close(first.condition(texts), second.condition(texts), atol=0, rtol=0)
     assert second.image_size == 32
+    for part in ("unet", "vae"):
+        assert "_name_or_path" not in json.loads((tmp_path / part / "config.json").read_text())
 
 
 def test_saved_text_encoder_has_the_keys_of_every_release(generator_folder):

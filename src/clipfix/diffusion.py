@@ -243,6 +243,9 @@ def _write(
     models: dict[str, Any] = {"unet": unet, "vae": vae}
     for name, model in models.items():
         nn.Module.to(copy.deepcopy(model), dtype).save_pretrained(folder / name)  # diffusers' own `to` warns of nothing
+        config = json.loads((folder / name / "config.json").read_text())
+        config.pop("_name_or_path", None)  # where it was loaded from is nobody's business elsewhere
+        (folder / name / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     scheduler.save_pretrained(folder / "scheduler")  # type: ignore[attr-defined]
     # tokenizer.json holds vocabulary and merges once more, at twice the size, and transformers 4 does without it.
     for name in tokenizer.save_pretrained(folder / "tokenizer"):
