@@ -167,6 +167,16 @@ def test_every_pair_of_method_and_backbone_composes(method, backbone, clipfix):
     assert config["data"]["train"] == ("???" if backbone != "tiny" else config["data"]["train"])
 
 
+def test_recipes_of_the_drawn_world_stay_in_it(clipfix):
+    """The tiny CLIP on its own world has its own numbers; on other shards, or in a named experiment, they do not leak."""
+    drawn = yaml.safe_load(clipfix("--cfg", "job")[1])
+    assert (drawn["method"]["train"], drawn["data"]["shuffle"]) == (["visual"], 0)
+    for arguments in (["data=shards"], ["experiment=pretrain_tiny_clip_words"]):
+        other = yaml.safe_load(clipfix(*arguments, "--cfg", "job")[1])
+        assert other["method"]["train"] == ["visual", "text", "logit_scale"]
+        assert other["data"]["texts"]["caption"]["key"] == "txt"
+
+
 @pytest.mark.parametrize("group", ["data", "trainer", "logger", "eval", "diffusion", "experiment"])
 def test_every_choice_of_every_group_composes(group, clipfix):
     for path in sorted((ROOT / "conf" / group).glob("*.yaml")):
