@@ -168,7 +168,7 @@ def test_every_pair_of_method_and_backbone_composes(method, backbone, clipfix):
 
 
 def test_recipes_of_the_drawn_world_stay_in_it(clipfix):
-    """The tiny CLIP on its own world has its own numbers; on other shards, or in a named experiment, they do not leak."""
+    """The tiny CLIP on its own world has its own numbers; other shards and named experiments do not see them."""
     drawn = yaml.safe_load(clipfix("--cfg", "job")[1])
     assert (drawn["method"]["train"], drawn["data"]["shuffle"]) == (["visual"], 0)
     for arguments in (["data=shards"], ["experiment=pretrain_tiny_clip_words"]):
