@@ -1,6 +1,7 @@
 """What every method promises, found by listing conf/method/: a new yaml file is tested here without an edit."""
 
 import inspect
+import math
 
 import lightning as L
 import pytest
@@ -71,6 +72,15 @@ def test_frozen_is_bit_identical_and_trained_moves(method, tmp_path):
     trained = method.trained_names()
     assert moved <= trained
     assert len(moved) > len(trained) / 2
+
+
+@pytest.mark.parametrize("train", [["visual"], ["visual", "logit_scale"]])
+def test_temperature_is_limited_where_it_trains_and_untouched_where_not(train, clip_folder, generator_folder, tmp_path):
+    method = build("finetune", clip_folder, generator_folder, train=train)
+    with torch.no_grad():
+        method.backbone.logit_scale.fill_(4.7)
+    fit(method, tmp_path, steps=1)
+    assert method.backbone.logit_scale.item() == pytest.approx(math.log(100) if "logit_scale" in train else 4.7)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -84,8 +84,9 @@ class Method(L.LightningModule, ABC):
         return total
 
     def on_train_batch_end(self, *_: Any) -> None:
-        with torch.no_grad():
-            self.backbone.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+        if self.backbone.logit_scale.requires_grad:  # frozen, it stays as published, even a rounding above the limit
+            with torch.no_grad():
+                self.backbone.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
 
     # -- randomness: the draws of step n depend on (seed, n) alone, so a resumed run repeats an uninterrupted one ------
 
