@@ -3,16 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check clean
+.PHONY: help install run test check pins clean
 
 help:  ## list these targets
 	@grep -E '^[a-z_]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 # uv resolves and links ten times faster than pip; pip brings it, so pip is all a fresh machine needs.
-.venv/installed: pyproject.toml
+# constraints.txt holds the versions that the tests last passed with, so that next year's releases break nothing here.
+.venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[dev]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]'
 	@touch $@
 
 install: .venv/installed  ## create .venv with clipfix and its development tools in it
@@ -28,6 +29,10 @@ check: install  ## formatting, lint, types and import contracts
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+pins: install  ## move constraints.txt to the newest versions that fit together
+	$(BIN)/uv pip compile --quiet --universal --upgrade --all-extras --no-emit-index-url --no-annotate --no-header \
+		pyproject.toml --output-file constraints.txt
 
 clean:  ## remove the environment, runs and generated scenes
 	rm -rf .venv outputs data/scenes

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from clipfix.diffusion import Diffusion
 from clipfix.methods.denoise import Denoise, joined_texts
+from clipfix.samples import Samples
 
 
 def hearing(clip_folder: str, generator_folder: str, **overrides: object) -> Denoise:
@@ -74,10 +75,13 @@ def test_validation_compares_right_null_and_shuffled_text(clip_folder, generator
 def test_run_fits_the_autoencoder_and_leaves_a_folder_that_loads(clip_folder, generator_folder, tmp_path):
     method = build("denoise", clip_folder, generator_folder, fit_autoencoder=True)
     trainer = L.Trainer(
-        max_steps=2, accelerator="cpu", logger=False, callbacks=[ModelCheckpoint(tmp_path)],
+        max_steps=2, accelerator="cpu", logger=False,
+        callbacks=[ModelCheckpoint(tmp_path), Samples(str(tmp_path), count=3, steps=2, guidance=3.0)],
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(method, DataLoader([batch(8, seed) for seed in range(2)], batch_size=None))
+    batches = DataLoader([batch(8, seed) for seed in range(2)], batch_size=None)
+    trainer.fit(method, batches, batches)
+    assert (tmp_path / "samples.png").stat().st_size > 10_000
     shipped = Diffusion(str(tmp_path / "diffusion"))
     images = batch(8)["image"]
     latents = method.diffusion.encode(images)
@@ -88,3 +92,17 @@ def test_run_fits_the_autoencoder_and_leaves_a_folder_that_loads(clip_folder, ge
     torch.testing.assert_close(shipped.encode(images), latents, atol=0.05, rtol=0)  # written in fp16
     inputs = latents, torch.full((8,), 500), method.diffusion.condition(["a red fish"] * 8)
     torch.testing.assert_close(shipped.predict(*inputs), method.diffusion.predict(*inputs), atol=0.05, rtol=0.05)
+
+
+def test_compiled_unet_gives_the_plain_loss(clip_folder, generator_folder, monkeypatch):
+    """Traced as in training but run by torch's own kernels: the C++ compiler takes minutes."""
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda unet, **how: compile(unet, backend="aot_eager", **how))
+    losses = []
+    for compiled in (False, True):
+        method, inputs = hearing(clip_folder, generator_folder, compiled=compiled), batch(4)
+        method.seed_draws(0)
+        losses.append(loss := method.loss(inputs)["denoising"])
+        loss.backward()
+        losses.append(method.diffusion.unet.conv_in.weight.grad)
+    torch.testing.assert_close(losses[2:], losses[:2])

@@ -42,15 +42,14 @@ class Pairs(Benchmark):
 
     def score(self, features: Features) -> dict[str, float]:
         images, kept = features.images(self.shards)
-        row = {id(sample): i for i, sample in enumerate(kept)}
-        pairs = self.grouped(kept)
-        order = torch.tensor([[row[id(sample)] for sample in pair] for pair in pairs.values()])
+        pairs = self.rows(kept)
+        order = torch.tensor(list(pairs.values()))
         texts = features.texts([self.prefix + sample["json"]["statement"] for sample in kept])
         right, tied = picks(images[order], texts[order])
         self.answers.append(dict(zip(pairs, right.tolist(), strict=True)))
         by_pattern: dict[str, list[bool]] = defaultdict(list)
         for (first, _), answer in zip(pairs.values(), right.tolist(), strict=True):
-            by_pattern[first["json"]["pattern"].lower().replace(" ", "_")].append(answer)
+            by_pattern[kept[first]["json"]["pattern"].lower().replace(" ", "_")].append(answer)
         scores = {pattern: 100 * fmean(answers) for pattern, answers in by_pattern.items()}
         return {"mean": fmean(scores.values()), **scores, "ties": float(tied.sum())}
 
@@ -58,7 +57,9 @@ class Pairs(Benchmark):
         """One pair a pattern, if possible one whose answer changed between the last scorings."""
         answers = self.answers[-len(columns) :]
         by_pattern: dict[str, list[tuple[bool, int, list[Sample]]]] = defaultdict(list)
-        for number, pair in self.grouped(samples(self.shards)).items():
+        kept = list(samples(self.shards))
+        for number, rows in self.rows(kept).items():
+            pair = [kept[row] for row in rows]
             changed = len({scoring[number] for scoring in answers}) > 1
             by_pattern[pair[0]["json"]["pattern"]].append((not changed, number, pair))
         cells = []
@@ -72,11 +73,11 @@ class Pairs(Benchmark):
             cells.append(Cell(second["image"], "", [(second["json"]["statement"], None)]))
         return gallery(cells, across=6)
 
-    def grouped(self, samples: Iterable[Sample]) -> dict[int, list[Sample]]:
-        """The two samples of each pair."""
-        pairs: dict[int, list[Sample]] = defaultdict(list)
-        for sample in samples:
-            pairs[sample["json"]["pair"]].append(sample)
+    def rows(self, kept: Iterable[Sample]) -> dict[int, list[int]]:
+        """Where the two samples of each pair stand."""
+        pairs: dict[int, list[int]] = defaultdict(list)
+        for row, sample in enumerate(kept):
+            pairs[sample["json"]["pair"]].append(row)
         if halves := sum(len(pair) != 2 for pair in pairs.values()):
             raise ValueError(f"{halves} look-alikes in {self.shards} are not two pictures: write these shards again.")
         return pairs

@@ -30,6 +30,7 @@ class Denoise(Method):
         diffusion: Diffusion,
         fit_autoencoder: bool,
         text_dropout: float,
+        compiled: bool,
         check_timesteps: list[int],
         optimizer: dict[str, Any],
         steps: int,
@@ -43,6 +44,8 @@ class Denoise(Method):
         backbone.requires_grad_(False)
         diffusion.unet.requires_grad_(True)
         diffusion.text_encoder.requires_grad_(True)
+        if compiled:
+            diffusion.unet.compile(dynamic=False)
 
     @property
     def image_size(self) -> int:
@@ -67,6 +70,7 @@ class Denoise(Method):
         with sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext():
             return {"denoising": self.error(latents, noise, timesteps, self.diffusion.condition(texts))}
 
+    @torch.compiler.set_stance("force_eager")  # compiling once more, without gradients, takes longer than these steps
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self.seed_draws(batch_idx)
         latents = self.diffusion.encode(batch["image"])

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from rich.progress import track
 
 from clipfix.scenes.drawing import draw
-from clipfix.scenes.words import captions, names, pairs
+from clipfix.scenes.words import captions, pairs
 from clipfix.scenes.world import PATTERNS, WORLD, Scene, factors, look_alike, sample
 
 Split = Literal["train", "selection", "test"]
@@ -108,7 +108,6 @@ def write(folder: Path, job: Job) -> None:
             texts = captions(scene, Random(f"{job.seed}/{key}"))
             record = {
                 "caption": texts["short"], "long": texts["long"], "captions": texts["captions"],
-                "names": [opening + names(scene) for opening in OPENINGS],
                 "scene": scene.to_dict(), "factors": factors(scene), **extra,
             }  # fmt: skip
             picture = io.BytesIO()
