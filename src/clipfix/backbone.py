@@ -22,11 +22,14 @@ from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.timm_model import TimmModel
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
-from open_clip.transformer import TextTransformer, VisionTransformer, text_global_pool
+from open_clip.transformer import ResidualAttentionBlock, TextTransformer, VisionTransformer, text_global_pool
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from clipfix.functional.positions import stretch
+from clipfix.packed import encode_packed
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -104,6 +107,27 @@ class Backbone(nn.Module):
     def context_length(self) -> int:
         return self.config["text_cfg"].get("context_length", open_clip.CLIPTextCfg.context_length)
 
+    def stretch(self, keep: int, ratio: int) -> None:
+        """Make the text tower read longer texts: `functional.positions.stretch` on its table, all that hangs on it too.
+
+        `save` then writes one ordinary table of the new length.
+        """
+        if not isinstance(self.text, TextTransformer) or self.text.cls_emb is not None:
+            raise ValueError(
+                f"backbone.name={self.name} has no position table of CLIP's kind to stretch: choose a model whose text "
+                "tower is open_clip's own (ViT-B-32, ViT-L-14-quickgelu, ViT-B-16-SigLIP, ...)."
+            )
+        self.set_positions(stretch(self.text.positional_embedding.detach(), keep, ratio))
+
+    def set_positions(self, table: Float[Tensor, "n d"]) -> None:
+        """Another position table for the text tower; its number of rows is the new context length."""
+        text: Any = self.text
+        text.positional_embedding = nn.Parameter(table.clone())
+        text.context_length = text.num_pos = self.config["text_cfg"]["context_length"] = len(table)
+        if text.attn_mask is not None:
+            text.attn_mask = text.build_causal_mask().to(table.device)
+        self.__dict__.pop("_tokenizer", None)  # it cuts at the old length
+
     def encode_image(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """Pictures in [0, 1] to the joint space, not normalized."""
         return self.model.encode_image(self._pixels(images))
@@ -132,13 +156,16 @@ class Backbone(nn.Module):
         """Token ids to the joint space, not normalized.
 
         A causal tower pools at the end-of-text token, the largest id, and nothing after it can change the feature. So
-        the padding is cut off first: a short caption costs a seventh of the full context. open_clip's own forward
-        insists on the full length, hence its four steps are taken here.
+        ordinary CLIP towers compute no padding at all (`packed.py`): in a batch of long and short captions, cutting to
+        the longest would leave most of the work to padding. Towers with other blocks are cut to the longest text;
+        open_clip's own forward insists on the full length, hence its four steps are taken here.
         """
         text = self.model.text
         causal = isinstance(text, TextTransformer) and text.attn_mask is not None and text.cls_emb is None
         if not (causal and text.pool_type == "argmax" and isinstance(text.text_projection, nn.Parameter)):
             return self.model.encode_text(tokens)
+        if all(type(block) is ResidualAttentionBlock for block in text.transformer.resblocks):
+            return encode_packed(text, tokens)
         length = int(tokens.argmax(dim=1).max()) + 1
         tokens = tokens[:, :length]
         x, mask = text._embeds(tokens)
