@@ -173,13 +173,36 @@ def test_random_texts_repeat_only_when_there_are_too_few() -> None:
     assert Counter(Text("captions", "random", 7).draw(SAMPLE, random.Random(0))).most_common()[-1][1] == 2
 
 
+LONG = {"txt": "A cat. It sits, 1.5 m up. It is grey.\nOld? Yes. The wall is red.", "json": {}}
+OTHERS = ["It sits, 1.5 m up", "It is grey.\nOld? Yes", "The wall is red."]  # split where the first sentence ends
+
+
+def test_other_sentences_are_some_of_those_after_the_first_in_any_order() -> None:
+    draws = Counter(Text("txt", "other_sentences").draw(LONG, random.Random(seed))[0] for seed in range(3000))
+    subsets = [chosen for size in (1, 2, 3) for chosen in itertools.permutations(OTHERS, size)]
+    assert set(draws) == {". ".join(chosen) for chosen in subsets}  # never empty, never with the first
+    for size in (1, 2, 3):  # their number is uniform
+        count = sum(draws[". ".join(chosen)] for chosen in subsets if len(chosen) == size)
+        assert 900 < count < 1100
+    again = [Text("txt", "other_sentences").draw(LONG, random.Random(7)) for _ in range(2)]
+    assert again[0] == again[1]
+
+
+@pytest.mark.parametrize("text", ["Alone.", "Alone", "Alone. ", "v1.5 alone"])
+def test_a_single_sentence_stands_for_the_others_it_lacks(text: str) -> None:
+    (drawn,) = Text("txt", "other_sentences").draw({"txt": text, "json": {}}, random.Random(0))
+    assert drawn == text.strip()
+
+
 @pytest.mark.parametrize("key", ["absent", "n", "d"])
 def test_a_sample_without_the_text_is_broken(key: str) -> None:
     with pytest.raises(ValueError, match=f"no text under '{key}'"):
         Text(key, "one").draw(SAMPLE, random.Random(0))
 
 
-@pytest.mark.parametrize(("pick", "k"), [("first", 1), ("one", 2), ("first_sentence", 3), ("all", 0)])
+@pytest.mark.parametrize(
+    ("pick", "k"), [("first", 1), ("one", 2), ("first_sentence", 3), ("other_sentences", 2), ("all", 0)]
+)
 def test_impossible_texts_are_refused(pick: str, k: int) -> None:
     with pytest.raises(ValueError, match=r"data\.texts: "):
         Text("txt", pick, k)
@@ -218,6 +241,22 @@ def test_random_captions_depend_on_seed_pass_and_sample_alone(tmp_path: Path) ->
     ]
 
 
+def test_other_sentences_are_drawn_anew_in_every_pass(tmp_path: Path) -> None:
+    long = "One. " + ". ".join(f"Sentence {number}" for number in range(9))
+    pack(tmp_path / "0.tar", {str(key): {"png": encoded(picture(key)), "json": {"long": long}} for key in range(4)})
+
+    def captions(seed: int) -> dict[tuple[int, str], str]:
+        texts = {"caption": Text("long", "other_sentences")}
+        source = ShardStream(expand(str(tmp_path)), texts, 16, seed, 0, rank=0, world=1, progress=beginning(0))
+        return {(s["position"][1], s["key"]): s["texts"]["caption"][0] for s in itertools.islice(source, 8)}
+
+    here = captions(0)
+    assert here == captions(0)
+    assert here != captions(1)
+    assert all(here[0, key] != here[1, key] for key in "0123")
+    assert len({here[0, key] for key in "0123"}) > 1
+
+
 # ------------------------------------------------------------------------------------------------------ broken samples
 
 
@@ -247,6 +286,19 @@ def test_a_broken_sample_is_skipped_and_counted(name: str, tmp_path: Path, monke
     assert [batch["key"] for batch in batches] == [["1"], ["4"], ["1"], ["4"]]
     assert [batch["skipped"] for batch in batches] == [1, 2, 1, 2]
     assert [batch["position"] for batch in batches] == [(0, 0, 2), (0, 0, 5), (0, 1, 2), (0, 1, 5)]
+
+
+@pytest.mark.parametrize("pick", ["one", "first_sentence", "other_sentences"])
+def test_a_sample_without_the_text_asked_for_is_skipped_and_counted(pick: str, tmp_path: Path) -> None:
+    members = {
+        str(key): {"png": encoded(picture(key)), "txt": "x", "json": record}
+        for key, record in enumerate([{"long": "a. b"}, {"caption": "c"}, {"long": " "}, {"long": "d. e"}])
+    }
+    pack(tmp_path / "0.tar", members)
+    texts = {"caption": {"key": "long", "pick": pick}}
+    loader = shard_data(str(tmp_path), texts=texts, shuffle=0, batch_size=2).train_dataloader()
+    batch = next(iter(loader))
+    assert (batch["key"], batch["skipped"]) == (["0", "3"], 2)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -31,7 +31,7 @@ from clipfix.shards import expand, read_shard
 log = logging.getLogger(__name__)
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
-PICKS = ("one", "first_sentence", "all", "random")
+PICKS = ("one", "first_sentence", "other_sentences", "all", "random")
 
 
 def decode(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class Text:
     def __post_init__(self) -> None:
         if self.pick not in PICKS:
             raise ValueError(f"data.texts: pick {self.pick!r} is none of {', '.join(PICKS)}")
-        if self.k < 1 or (self.k > 1 and self.pick in ("one", "first_sentence")):
+        if self.k < 1 or (self.k > 1 and self.pick not in ("all", "random")):
             raise ValueError(f"data.texts: k={self.k} with pick={self.pick}: k > 1 needs pick=all or pick=random")
 
     def draw(self, sample: Mapping[str, Any], rng: random.Random) -> list[str]:
@@ -92,9 +92,23 @@ class Text:
         "".join(texts).encode()  # json can hold half a surrogate pair, on which tokenizers fail
         if self.pick == "first_sentence":  # Source: Long-CLIP (arXiv 2403.15378), short caption of its training set
             texts = [texts[0].split(". ", 1)[0]]
+        elif self.pick == "other_sentences":
+            texts = [other_sentences(texts[0], rng)]
         elif self.pick == "random":
             texts = rng.sample(texts, len(texts))
         return list(itertools.islice(itertools.cycle(texts), self.k))
+
+
+def other_sentences(text: str, rng: random.Random) -> str:
+    """Some of the sentences after the first, in any order; a text of one sentence as it is.
+
+    Source: DeBias-CLIP (arXiv 2602.22419), its short caption: the first sentence, a summary, is left out, and the
+    number of the others is uniform.
+    """
+    others = [sentence for sentence in text.split(". ")[1:] if sentence.strip()]
+    if not others:
+        return text
+    return ". ".join(rng.sample(others, rng.randint(1, len(others)))).strip()
 
 
 # ------------------------------------------------------------------------------------------------------------- streams
