@@ -1,5 +1,6 @@
 """The whole program: compose the config, build, score, train, score again, report."""
 
+import copy
 import difflib
 import logging
 import os
@@ -48,6 +49,7 @@ def fit(cfg: DictConfig, folder: Path) -> None:
     from clipfix.evals import evaluate
 
     backbone, benchmarks = build(cfg)
+    original = copy.deepcopy(backbone)  # a method may rebuild its backbone: Long-CLIP stretches the position table
     method = instantiate(cfg.method, backbone=backbone)
     method.config_yaml = OmegaConf.to_yaml(cfg, resolve=True)
     data = instantiate(cfg.data, image_size=method.image_size)
@@ -60,7 +62,8 @@ def fit(cfg: DictConfig, folder: Path) -> None:
     scores = {}
     if trainer.is_global_zero:
         (folder / "config.yaml").write_text(method.config_yaml)
-        scores["before"] = evaluate(backbone.to(trainer.strategy.root_device), benchmarks)
+        scores["before"] = evaluate(original.to(trainer.strategy.root_device), benchmarks)
+    del original
     trainer.fit(method, data, ckpt_path=checkpoint_to_resume(cfg.resume, folder), weights_only=True)
 
     last = folder / "checkpoints" / "last.ckpt"
@@ -94,10 +97,19 @@ def score(cfg: DictConfig, folder: Path) -> None:
     report.write(folder, scores, benchmarks, facts)
 
 
+def prepare(cfg: DictConfig, folder: Path) -> None:
+    """Make the shards of `data`, without training on them."""
+    if cfg.data.prepare is None:
+        choice = HydraConfig.get().runtime.choices["data"]
+        raise ValueError(f"data={choice} has nothing to prepare, its data.prepare is null: try data=sharegpt4v")
+    print(f"Shards are in {instantiate(cfg.data.prepare)()}")
+
+
 # Each verb with the groups that must be complete for it.
 VERBS = {
     "fit": (fit, ("trainer", "callbacks", "logger", "data", "eval", "diffusion", "method", "backbone")),
     "eval": (score, ("eval", "backbone")),
+    "prepare": (prepare, ()),  # not even data: its urls may still be open
 }
 
 
@@ -132,6 +144,9 @@ def load_repair(backbone: Any, checkpoint: str) -> None:
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     prefix = "backbone."
     weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    positions = weights.get("model.text.positional_embedding")
+    if positions is not None and positions.shape[1:] == backbone.text.positional_embedding.shape[1:]:
+        backbone.set_positions(positions)  # Long-CLIP's table is longer than that of the backbone it came from
     try:
         unexpected = backbone.load_state_dict(weights, strict=False).unexpected_keys
     except RuntimeError as error:

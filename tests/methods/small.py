@@ -11,6 +11,10 @@ from clipfix.methods.base import Method
 
 CONF = Path(__file__).parents[2] / "conf"
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+SMALL: dict[str, dict[str, object]] = {  # what a method must know of the small models
+    "diva": {"patch_amount": 7},  # with the class token the eight tokens of the small generator's text
+    "longclip": {"keep_tokens": 6, "ratio": 3, "components": 3},  # of 16 positions, in small batches
+}
 WORDS = ["red", "blue", "fish", "house", "star", "heart", "left", "right", "open", "two", "three", "above"]
 
 
@@ -18,16 +22,16 @@ def build(name: str, clip_folder: str, generator_folder: str, **overrides: objec
     """The method as its yaml configures it, on random small models, a few steps long."""
     diffusion = {"_target_": "clipfix.diffusion.Diffusion", "path": generator_folder, "dtype": "fp32"}
     config = OmegaConf.create({"diffusion": diffusion, "method": OmegaConf.load(CONF / "method" / f"{name}.yaml")})
-    config.method.update({"steps": 4, "warmup_steps": 1, **overrides})
-    if name == "diva" and "patches" not in overrides:
-        config.method.patch_amount = 7  # with the class token the eight tokens of the small generator's text
+    config.method.update({"steps": 4, "warmup_steps": 1, **SMALL.get(name, {}), **overrides})
     torch.manual_seed(0)
     return instantiate(config.method, backbone=Backbone(clip_folder, pretrained="random"))
 
 
 def batch(rows: int, seed: int = 0) -> dict:
     generator = torch.Generator().manual_seed(seed)
-    captions = [
-        " ".join(WORDS[int(i)] for i in torch.randint(len(WORDS), (4,), generator=generator)) for _ in range(rows)
-    ]
-    return {"image": torch.rand(rows, 3, 32, 32, generator=generator), "caption": captions, "skipped": 0}
+    short, long = (
+        [" ".join(WORDS[int(i)] for i in torch.randint(len(WORDS), (words,), generator=generator)) for _ in range(rows)]
+        for words in (4, 30)
+    )
+    image = torch.rand(rows, 3, 32, 32, generator=generator)
+    return {"image": image, "caption": short, "long": long, "skipped": 0}

@@ -64,6 +64,7 @@ def test_two_ranks_equal_one(name, together, clip_folder, generator_folder):
     loss.backward()
     torch.testing.assert_close(together[name]["loss"], loss.detach(), rtol=1e-4, atol=1e-6)
     for key, gradient in gradients(alone).items():
-        torch.testing.assert_close(
-            together[name]["gradients"][key], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}"
-        )
+        # Sums of the same numbers in another order: each entry is as exact as the largest of its tensor.
+        averaged = together[name]["gradients"][key]
+        atol = 1e-5 * float(gradient.abs().max()) + 1e-8
+        torch.testing.assert_close(averaged, gradient, rtol=1e-4, atol=atol, msg=lambda m, key=key: f"{key}: {m}")

@@ -47,6 +47,8 @@ class Method(L.LightningModule, ABC):
         self.seed = torch.initial_seed()
         self.batches_seen = 0
         self.config_yaml = ""
+        self.notes: dict[str, Tensor] = {}
+        self.frozen_rows: list[tuple[nn.Parameter, Tensor]] = []
 
     @abstractmethod
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -73,6 +75,8 @@ class Method(L.LightningModule, ABC):
     def log_terms(self, stage: Literal["train", "val"], terms: dict[str, Tensor], batch: dict[str, Any]) -> Tensor:
         """Their sum, after logging it and each term: every training step, or the mean over a validation pass."""
         total = torch.stack(list(terms.values())).sum()
+        if stage == "train":
+            self.log_dict(self.notes, sync_dist=True)
         for name, value in {**terms, "loss": total}.items():
             self.log(
                 f"{stage}/{name}",
@@ -82,6 +86,10 @@ class Method(L.LightningModule, ABC):
                 prog_bar=name == "loss",
             )
         return total
+
+    def note(self, name: str, value: Tensor) -> None:
+        """A fact about this step beside its losses, for the logger."""
+        self.notes[name] = value.detach()
 
     def on_train_batch_end(self, *_: Any) -> None:
         if self.backbone.logit_scale.requires_grad:  # frozen, it stays as published, even a rounding above the limit
@@ -115,9 +123,24 @@ class Method(L.LightningModule, ABC):
 
     # -- what trains --------------------------------------------------------------------------------------------------
 
+    def freeze_rows(self, table: nn.Parameter, rows: int) -> None:
+        """The first rows of a trained table stay as they are, bit for bit, whatever the optimizer."""
+
+        def without(gradient: Tensor) -> Tensor:
+            return gradient.index_fill(0, torch.arange(rows, device=gradient.device), 0)
+
+        table.register_hook(without)
+        self.frozen_rows.append((table, table.detach()[:rows].clone()))
+
+    @torch.no_grad()
+    def restore_rows(self, *_: Any) -> None:
+        for table, rows in self.frozen_rows:
+            table[: len(rows)] = rows.to(table.device)
+
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         settings = dict(self.optimizer_settings)
         optimizer = getattr(torch.optim, settings.pop("name"))(parameter_groups(self), **settings)
+        optimizer.register_step_post_hook(self.restore_rows)
         schedule = LambdaLR(optimizer, lambda step: warmup_cosine(step, self.warmup_steps, self.steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

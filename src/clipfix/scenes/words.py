@@ -151,9 +151,9 @@ def _join(parts: list[str]) -> str:
 
 
 def _short(scene: Scene, rng: Random) -> str:
-    """As the web captions pictures: it names things, half with a colour, one in twenty with a detail, and errs at times.
+    """As the web captions pictures: it names things, half with a colour, 5 % with a detail, and errs at times.
 
-    Why so few details: they are CLIP's reason not to look for any. With one in five the tiny CLIP told hats and windows.
+    Why so few details: they would be a reason to look for more. With one in five the tiny CLIP saw hats and windows.
     """
     if rng.random() < 0.08:
         return rng.choice(JUNK).format(rng.randint(1, 9999))
