@@ -124,8 +124,11 @@ def test_same_seed_same_scores_and_sweeps_differ_by_seed(clipfix, scenes, tmp_pa
     assert one == three != two
 
 
-def test_photographs_packed_by_img2dataset(clipfix, tmp_path):
-    """The main job on real pictures in a folder as img2dataset leaves it, scored by retrieval."""
+def test_photographs_packed_by_img2dataset(clipfix, tmp_path, monkeypatch):
+    """The main job on real pictures in a folder as img2dataset leaves it, scored by retrieval; W&B knows nobody."""
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     photographs(folder := tmp_path / "photos")
     run, _ = clipfix(
         *RUN, *DATA, "logger=wandb", "method=finetune", "data=shards", "eval=standard",

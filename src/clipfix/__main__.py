@@ -175,16 +175,16 @@ def run_folder(name: str, resume: str | None) -> str:
     return str(Path("outputs", name, datetime.now().strftime("%Y-%m-%d_%H-%M-%S")))
 
 
-def wandb_offline() -> bool:
-    """W&B goes online where somebody is logged in, and asks nobody anything elsewhere."""
+def wandb_mode() -> str:
+    """W&B goes online where somebody is logged in, and asks nobody anything elsewhere; WANDB_MODE has the last word."""
     import wandb
 
-    return os.environ.get("WANDB_MODE", "online") != "online" or not wandb.login(prompt=False)
+    return os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
 
 
 OmegaConf.register_new_resolver("package", lambda path: str(PACKAGE / path))
 OmegaConf.register_new_resolver("run_folder", run_folder, use_cache=True)
-OmegaConf.register_new_resolver("wandb_offline", wandb_offline, use_cache=True)
+OmegaConf.register_new_resolver("wandb_mode", wandb_mode, use_cache=True)
 
 
 # -- the command line --------------------------------------------------------------------------------------------------
