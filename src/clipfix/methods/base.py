@@ -9,11 +9,13 @@ import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
+from jaxtyping import Float
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from clipfix.backbone import Backbone
+from clipfix.functional.contrastive import contrastive_loss
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP (arXiv 2103.00020), section 2.5: the temperature is kept from growing further.
 
@@ -120,6 +122,20 @@ class Method(L.LightningModule, ABC):
     def gather(self, rows: Tensor) -> Tensor:
         """The rows of every rank, joined, with gradient."""
         return Gather.apply(rows) if self.world_size > 1 else rows
+
+    def contrast(
+        self, image: Float[Tensor, "b d"], text: Float[Tensor, "b d"], label_smoothing: float
+    ) -> Float[Tensor, ""]:
+        """The contrastive loss of this rank's normalized rows against every rank's, at the model's temperature."""
+        return contrastive_loss(
+            image,
+            text,
+            all_image=self.gather(image),
+            all_text=self.gather(text),
+            scale=self.backbone.logit_scale.exp(),
+            first_row=self.rank * len(image),
+            label_smoothing=label_smoothing,
+        )
 
     # -- what trains --------------------------------------------------------------------------------------------------
 

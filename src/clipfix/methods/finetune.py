@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipfix.backbone import Backbone
-from clipfix.functional.contrastive import contrastive_loss
 from clipfix.methods.base import Method
 
 PARTS = ("visual", "text", "logit_scale")
@@ -41,14 +40,4 @@ class Finetune(Method):
         tokens = self.backbone.tokenize(batch["caption"])
         image = F.normalize(self.backbone.encode_image(batch["image"]).float(), dim=-1)
         text = F.normalize(self.backbone.encode_text(tokens).float(), dim=-1)
-        return {
-            "contrastive": contrastive_loss(
-                image,
-                text,
-                all_image=self.gather(image),
-                all_text=self.gather(text),
-                scale=self.backbone.logit_scale.exp(),
-                first_row=self.rank * len(image),
-                label_smoothing=self.label_smoothing,
-            )
-        }
+        return {"contrastive": self.contrast(image, text, self.label_smoothing)}

@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 
 from clipfix.backbone import Backbone
 from clipfix.functional.components import principal_reconstruction
-from clipfix.functional.contrastive import contrastive_loss
 from clipfix.methods.base import Method
 
 
@@ -89,9 +88,9 @@ class LongCLIP(Method):
         image = self.features(self.backbone.encode_image, batch["image"])
         text = self.features(self.backbone.encode_text, torch.cat(list(tokens.values())))
         long, *short = text.chunk(len(tokens))
-        terms = {"long": self.contrast(image, long)}
+        terms = {"long": self.contrast(image, long, self.label_smoothing)}
         if short:
-            terms["short"] = self.short_weight * self.contrast(self.reduced(image), short[0])
+            terms["short"] = self.short_weight * self.contrast(self.reduced(image), short[0], self.label_smoothing)
         return terms
 
     def features(self, encode: Callable[[Tensor], Tensor], rows: Tensor) -> Float[Tensor, "b d"]:
@@ -110,14 +109,3 @@ class LongCLIP(Method):
             return principal_reconstruction(image, self.components)
         joined = principal_reconstruction(self.gather(image), self.components)
         return joined[self.rank * len(image) :][: len(image)]
-
-    def contrast(self, image: Float[Tensor, "b d"], text: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
-        return contrastive_loss(
-            image,
-            text,
-            all_image=self.gather(image),
-            all_text=self.gather(text),
-            scale=self.backbone.logit_scale.exp(),
-            first_row=self.rank * len(image),
-            label_smoothing=self.label_smoothing,
-        )
