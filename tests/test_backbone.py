@@ -8,7 +8,12 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from clipfix.backbone import Backbone
 
@@ -198,6 +203,42 @@ def test_text_padding_is_skipped_exactly(folder: Path) -> None:
     tokens = backbone.tokenize(["a circle", "a large red circle above a small blue square", "word " * 99])
     torch.testing.assert_close(backbone.encode_text(tokens[:2]), backbone.model.encode_text(tokens[:2]))
     torch.testing.assert_close(backbone.encode_text(tokens), backbone.model.encode_text(tokens))
+
+
+def word_tokenizer(folder: Path) -> None:
+    """Files of a tokenizer as SigLIP folders carry it: no start token, padded with 1."""
+    words = WordLevel({"</s>": 0, "<pad>": 1, "<unk>": 2, "a": 3, "fish": 4}, unk_token="<unk>")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 0)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    ).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", ["clip", "hugging face"])
+def test_texts_are_cut_at_their_end_token_and_counted(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "model"
+    if kind == "clip":
+        architecture(folder, CLIP)
+        end, padding, marks = 49407, 0, 2
+    else:
+        architecture(folder, CLIP | {"text_cfg": TEXT | {"hf_tokenizer_name": "none/asked"}})
+        word_tokenizer(folder)
+        end, padding, marks = 0, 1, 1
+    backbone = Backbone(str(folder), "random")
+    words = [16 - marks, 17 - marks, 40, 3]
+    texts = ["a " * number for number in words]
+    tokens = backbone.tokenize(texts)
+    assert tokens.shape == (4, 16)
+    assert backbone.cut_share(texts, tokens) == 0.5
+    assert backbone.cut_share(texts[3:], tokens[3:]) == 0
+    assert (tokens == end).sum(dim=1).tolist() == [1, 1, 1, 1]
+    short = backbone.tokenize(texts, at_most=5)
+    assert short.shape == (4, 16)
+    assert (short != padding).sum(dim=1).tolist() == [5, 5, 5, 3 + marks]
+    assert (short[:, 4] == end).tolist() == [True, True, True, 3 + marks == 5]
+    assert torch.equal(backbone.tokenize(texts, at_most=99), tokens)
 
 
 @pytest.mark.parametrize("stem", PUBLISHED)

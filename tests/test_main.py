@@ -36,6 +36,7 @@ SIZES = {
     "pairs_train": 1,
     "pairs_selection": 2,
     "pairs_test": 2,
+    "summaries_test": 3,
     "processes": 1,
 }
 WORLD = [f"data.prepare.{name}={size}" for name, size in SIZES.items()]
@@ -151,6 +152,7 @@ def test_photographs_packed_by_img2dataset(clipfix, tmp_path, monkeypatch):
         (["backbone=vit-l14"], ["data.train, eval.shards"]),
         (["backbone=vit-b32", "data.train=nowhere/*.tar", "eval=none"], ["backbone.pretrained=/path/to/file"]),
         (["backbone.pretrained=nowhere.pt"], ["nowhere.pt"]),
+        (["data=shards", "data.train=nowhere/*.tar", "eval=none"], ["longclip reads data.texts.long", "key: long"]),
         (["method=finetune", "method.train=[vision]"], ["visual, text, logit_scale"]),
         (["method=finetune", "data=shards", "data.train=nowhere/*.tar", "eval=none"], ["nowhere"]),
     ],
@@ -172,9 +174,9 @@ def test_every_pair_of_method_and_backbone_composes(method, backbone, clipfix):
 
 def test_recipes_of_the_drawn_world_stay_in_it(clipfix):
     """The tiny CLIP on its own world has its own numbers; other shards and named experiments do not see them."""
-    drawn = yaml.safe_load(clipfix("--cfg", "job")[1])
+    drawn = yaml.safe_load(clipfix("method=finetune", "--cfg", "job")[1])
     assert (drawn["method"]["train"], drawn["data"]["shuffle"]) == (["visual"], 0)
-    for arguments in (["data=shards"], ["experiment=pretrain_tiny_clip_words"]):
+    for arguments in (["method=finetune", "data=shards"], ["experiment=pretrain_tiny_clip_words"]):
         other = yaml.safe_load(clipfix(*arguments, "--cfg", "job")[1])
         assert other["method"]["train"] == ["visual", "text", "logit_scale"]
         assert other["data"]["texts"]["caption"]["key"] == "txt"

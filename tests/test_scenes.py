@@ -18,7 +18,10 @@ from clipfix.scenes import KINDS, PATTERNS, Scene, Thing, captions, draw, factor
 from clipfix.scenes.shards import Job, contents, series, split_of
 from clipfix.scenes.world import CARRIED, values
 
-SIZES = {"train": 64, "selection": 24, "test": 24, "pairs_train": 1, "pairs_selection": 1, "pairs_test": 2}
+SIZES = {
+    "train": 64, "selection": 24, "test": 24, "pairs_train": 1, "pairs_selection": 1, "pairs_test": 2,
+    "summaries_test": 6,
+}  # fmt: skip
 SIDES = ("above", "below", "to the left of", "to the right of")
 PLACES = (
     "at the top left", "at the top", "at the top right",
@@ -226,9 +229,10 @@ def test_factors_are_flat_and_cover_the_probes() -> None:
 def test_shards_hold_the_schema(world: Path) -> None:
     assert sorted(path.name for path in world.iterdir()) == [
         "info.json", "pairs-selection-00000.tar", "pairs-test-00000.tar", "pairs-train-00000.tar",
-        "selection-00000.tar", "test-00000.tar", "train-00000.tar",
+        "selection-00000.tar", "summaries-test-00000.tar", "test-00000.tar", "train-00000.tar",
     ]  # fmt: skip
     sizes = {"train": 64, "selection": 24, "test": 24, "pairs-train": 18, "pairs-selection": 18, "pairs-test": 36}
+    sizes["summaries-test"] = 24
     for name, number in sizes.items():
         stored = read(world, name)
         assert len({entry["__key__"] for entry in stored}) == number
@@ -250,13 +254,23 @@ def test_stored_pairs_are_neighbours(world: Path) -> None:
         assert not is_true(first["statement"], second["scene"])
 
 
+def test_four_scenes_share_a_summary_that_is_true_of_each(world: Path) -> None:
+    records = [entry["json"] for entry in read(world, "summaries-test")]
+    for start in range(0, 24, 4):
+        group = records[start : start + 4]
+        (summary,) = {record["long"].split(". ")[0] + "." for record in group}
+        assert all(record["summary"] == summary and is_true(summary[:-1].lower(), record["scene"]) for record in group)
+        assert len({json.dumps([record["scene"]["things"], record["scene"]["background"]]) for record in group}) == 4
+        assert len({record["long"] for record in group}) == 4
+
+
 def test_stored_series_are_neighbours(world: Path) -> None:
     assert [entry["json"]["series"] for entry in read(world, "train")] == [i // 4 for i in range(64)]
 
 
 def test_splits_share_no_picture() -> None:
-    jobs = [Job("train", False, 0, 800, 0), Job("selection", False, 0, 300, 0), Job("test", False, 0, 300, 0)]
-    jobs += [Job("selection", True, 0, 10, 0), Job("test", True, 0, 20, 0)]
+    jobs = [Job("scenes", split, 0, size, 0) for split, size in (("train", 800), ("selection", 300), ("test", 300))]
+    jobs += [Job("pairs", "selection", 0, 10, 0), Job("pairs", "test", 0, 20, 0), Job("summaries", "test", 0, 30, 0)]
     seen: dict[str, set[bytes]] = {"train": set(), "selection": set(), "test": set()}
     for job in jobs:
         seen[job.split] |= {sha256(draw(scene).tobytes()).digest() for scene, _ in contents(job)}

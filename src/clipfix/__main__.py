@@ -51,6 +51,12 @@ def fit(cfg: DictConfig, folder: Path) -> None:
     backbone, benchmarks = build(cfg)
     original = copy.deepcopy(backbone)  # a method may rebuild its backbone: Long-CLIP stretches the position table
     method = instantiate(cfg.method, backbone=backbone)
+    if absent := [name for name in method.reads if not cfg.data.texts.get(name)]:
+        raise ValueError(
+            f"method={HydraConfig.get().runtime.choices['method']} reads data.texts.{absent[0]}, which data="
+            f"{HydraConfig.get().runtime.choices['data']} does not give. Say where it lies in your shards, as in "
+            f"'++data.texts.{absent[0]}={{key: {absent[0]}, pick: one, k: 1}}' (data/README.md), or choose a method."
+        )
     method.config_yaml = OmegaConf.to_yaml(cfg, resolve=True)
     data = instantiate(cfg.data, image_size=method.image_size)
     data.prepare_data()
@@ -68,7 +74,8 @@ def fit(cfg: DictConfig, folder: Path) -> None:
 
     last = folder / "checkpoints" / "last.ckpt"
     trainer.save_checkpoint(last)
-    chosen = callbacks["best"].best_model_path if "best" in callbacks else str(last)
+    best = callbacks["best"].best_model_path if "best" in callbacks else ""
+    chosen = best or str(last)  # a run of no steps never asked which is best: it shows what a method changes at once
     weights = torch.load(chosen, map_location="cpu", weights_only=True)
     method.load_state_dict(weights["state_dict"], strict=False)
     if trainer.is_global_zero:

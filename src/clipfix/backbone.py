@@ -9,6 +9,7 @@ import zipfile
 from copy import deepcopy
 from dataclasses import asdict
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,6 @@ class Backbone(nn.Module):
         text.context_length = text.num_pos = self.config["text_cfg"]["context_length"] = len(table)
         if text.attn_mask is not None:
             text.attn_mask = text.build_causal_mask().to(table.device)
-        self.__dict__.pop("_tokenizer", None)  # it cuts at the old length
 
     def encode_image(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """Pictures in [0, 1] to the joint space, not normalized."""
@@ -172,9 +172,22 @@ class Backbone(nn.Module):
         x = text.ln_final(text.transformer(x, attn_mask=mask[:length, :length]))
         return text_global_pool(x, tokens, pool_type="argmax") @ text.text_projection
 
-    def tokenize(self, texts: list[str]) -> Int[Tensor, "b l"]:
-        """Texts to token ids on the model's device, cut to the context length."""
-        return self._tokenizer(texts).to(self.logit_scale.device)
+    def tokenize(self, texts: list[str], at_most: int | None = None) -> Int[Tensor, "b l"]:
+        """Texts to token ids on the model's device, cut to the context length, or before that to `at_most` tokens.
+
+        A cut text keeps its end token, as far as the model's tokenizer gives one.
+        """
+        tokens = self._tokenizer(texts, min(at_most or self.context_length, self.context_length))
+        padded = F.pad(tokens, (0, self.context_length - tokens.shape[1]), value=self._padding)
+        return padded.to(self.logit_scale.device)
+
+    def cut_share(self, texts: list[str], tokens: Int[Tensor, "b l"]) -> float:
+        """Which share of the texts, tokenized as `tokens`, did not fit the context."""
+        full = (tokens[:, -1] != self._padding).tolist()  # only these are worth a second look
+        if not any(full):
+            return 0.0
+        longer = self._tokenizer(list(compress(texts, full)), self.context_length + 1)
+        return int((longer[:, -1] != self._padding).sum()) / len(texts)
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float16) -> Path:
         """Write an open_clip folder: what `backbone.name=<folder>` and open_clip's own `local-dir:` load."""
@@ -196,6 +209,11 @@ class Backbone(nn.Module):
         if images.shape[-2:] != (side, side):
             images = F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
         return (images - self.mean) / self.std
+
+    @cached_property
+    def _padding(self) -> int:
+        """The token that fills up the context behind a text."""
+        return int(self._tokenizer([""], self.context_length)[0, -1])
 
     @cached_property
     def _tokenizer(self) -> SimpleTokenizer | HFTokenizer:

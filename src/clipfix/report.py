@@ -14,8 +14,8 @@ from rich.table import Table
 
 from clipfix.callbacks import peak_memory_gb
 from clipfix.evals import Benchmark
+from clipfix.evals.gallery import AFTER, BEFORE
 
-GREY, BLUE = "#b8bec9", "#3a6ea5"
 Scores = dict[str, float]
 
 
@@ -99,7 +99,7 @@ def bars(scores: dict[str, Scores]) -> Figure | None:
     axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights, sharex=True)[:, 0]
     for axis, (benchmark, metrics) in zip(axes, panels.items(), strict=True):
         labels = [metric for metric, _ in metrics]
-        for i, (column, colour) in enumerate(zip(scores, (GREY, BLUE), strict=False)):
+        for i, (column, colour) in enumerate(zip(scores, (BEFORE, AFTER), strict=False)):
             places = [row + 0.19 * (2 * i - len(scores) + 1) for row in range(len(labels))]
             axis.barh(places, [values[i] for _, values in metrics], height=0.38, color=colour, label=column)
         axis.set(yticks=range(len(labels)), yticklabels=labels, xlim=(0, 100))
@@ -148,7 +148,7 @@ def curves(metrics: list[dict[str, str]]) -> Figure | None:
     figure = Figure(figsize=(4 * across, 2.6 * down), layout="constrained")
     axes = figure.subplots(down, across, squeeze=False).flat
     for axis, (title, names) in zip(axes, panels.items(), strict=False):
-        for name, colour in zip(names, (BLUE, "#d1495b"), strict=False):
+        for name, colour in zip(names, (AFTER, "#d1495b"), strict=False):
             axis.plot(
                 *zip(*lines[name], strict=True), color=colour, marker="." if len(lines[name]) < 20 else "", label=name
             )

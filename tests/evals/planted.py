@@ -34,8 +34,10 @@ class Planted(Backbone):
     def encode_text(self, tokens: Tensor) -> Tensor:
         return self._embed(self.vectors[tokens[:, 0]])
 
-    def tokenize(self, texts: list[str]) -> Tensor:
-        return torch.tensor([[self.words.index(text)] for text in texts])
+    def tokenize(self, texts: list[str], at_most: int | None = None) -> Tensor:
+        """One token a text, its number; a cut leaves the first words, which must be a text of their own."""
+        cut = [" ".join(text.split()[: at_most and at_most - 2]) for text in texts]
+        return torch.tensor([[self.words.index(text)] for text in cut])
 
     def _embed(self, vectors: Tensor) -> Tensor:
         out = self.dropout(self.layer(vectors.to(self.layer.weight.dtype)))

@@ -187,10 +187,19 @@ def test_every_yaml_binds_its_constructors(name):
 
 def test_the_drawn_world_is_scored_on_every_factor_and_pattern(tmp_path, clip_folder):
     root = scenes.prepare(
-        tmp_path / "scenes", 0, train=4, selection=60, test=60, pairs_train=0, pairs_selection=1, pairs_test=1
+        tmp_path / "scenes",
+        0,
+        train=4,
+        selection=60,
+        test=60,
+        pairs_train=0,
+        pairs_selection=1,
+        pairs_test=1,
+        summaries_test=1,
     )
     cfg = OmegaConf.create({"eval": OmegaConf.load(CONF / "scenes.yaml"), "data": {"prepare": {"root": str(root)}}})
     scores = evaluate(Backbone(clip_folder, pretrained="random"), instantiate(cfg.eval.benchmarks))
     counts = Counter(name.split("/")[1] for name in scores)
-    assert counts == {"pairs": 11, "zeroshot": 2, "probes": 13, "retrieval_short": 7, "retrieval_long": 7}
+    retrieval = dict.fromkeys(("retrieval_short", "retrieval_long", "retrieval_long_alike"), 7)
+    assert counts == {"pairs": 11, "zeroshot": 2, "probes": 13, **retrieval, "lengths": 6}
     assert all(0 <= score <= 100 for score in scores.values())

@@ -4,6 +4,7 @@ from planted import Planted, write_shard
 from torch.nn.functional import normalize
 
 from clipfix.evals import retrieval
+from clipfix.evals.lengths import Lengths
 from clipfix.evals.retrieval import Retrieval, recall
 
 
@@ -64,3 +65,23 @@ def test_any_of_several_captions_is_a_hit_and_each_is_a_query(tmp_path):
     scores = Retrieval(shard, {"key": "captions", "pick": "all", "k": 2}, recall_at=[1])(Planted(eye, texts))
     assert scores["image_to_text_R@1"] == 100
     assert scores["text_to_image_R@1"] == 50
+
+
+def test_lengths_ask_with_the_beginning_of_each_caption(tmp_path):
+    """The first word says one of two halves, the second which picture of the half; a third adds nothing."""
+    captions = {f"{half} {one} end": (half, one) for half in "ab" for one in "cd"}
+    shard = write_shard(tmp_path / "test.tar", [{"caption": caption} for caption in captions])
+    eye = torch.eye(4)
+    texts = {caption: eye[i] for i, caption in enumerate(captions)}
+    texts |= {caption.rsplit(" ", 1)[0]: row for caption, row in texts.items()}
+    texts |= {"a": eye[0] + 0.9 * eye[1], "b": eye[2] + 0.9 * eye[3]}
+    ask = Lengths(shard, {"key": "txt", "pick": "one"}, tokens=[4, 3, 77])
+    # Cut to one word, the two captions of a half are the same: either way finds one of two.
+    scores = ask(Planted(eye, texts))
+    assert scores["4_tokens_R@1"] == scores["77_tokens_R@1"] == 100
+    assert list(scores) == ["3_tokens_R@1", "4_tokens_R@1", "77_tokens_R@1"]
+    assert scores["3_tokens_R@1"] == pytest.approx(50)
+    (axis,) = ask.figure(["before"]).axes
+    assert axis.lines[0].get_xydata().tolist() == [[3, 50], [4, 100], [77, 100]]
+    with pytest.raises(ValueError, match="tokens"):
+        Lengths(shard, {"key": "txt", "pick": "one"}, tokens=[2])

@@ -118,10 +118,11 @@ def test_switches(make):
             make(**wrong)
 
 
-def test_share_of_texts_that_fill_the_context_is_noted(make):
-    method, inputs = make(keep_tokens=6, ratio=1), batch(4)  # 16 places: 30 words do not fit, 4 do
-    method.loss(inputs)
-    assert method.notes == {"data/long_fills_context": 1.0, "data/short_fills_context": 0.0}
+def test_share_of_cut_texts_is_noted(make):
+    """16 places, two of them for start and end: of 13, 14, 15 and 30 words the last two do not fit."""
+    method, inputs = make(keep_tokens=6, ratio=1), batch(4)
+    method.loss(inputs | {"long": ["star " * words for words in (13, 14, 15, 30)]})
+    assert method.notes == {"data/long_cut": 0.5, "data/short_cut": 0.0}
 
 
 def test_prefix_padding_moves_texts_within_the_context():

@@ -30,13 +30,16 @@ def embed_images(backbone: Backbone, images: Float[Tensor, "b 3 h w"]) -> Float[
     return normalize(backbone.encode_image(images.to(device)).float(), dim=-1)
 
 
-def embed_texts(backbone: Backbone, texts: Sequence[str]) -> Float[Tensor, "n d"]:
-    """The plain text embedding, unit norm; equal strings get bit-equal rows, whichever batch they would have met."""
+def embed_texts(backbone: Backbone, texts: Sequence[str], at_most: int | None = None) -> Float[Tensor, "n d"]:
+    """The plain text embedding, unit norm; equal strings get bit-equal rows, whichever batch they would have met.
+
+    `at_most` cuts every text after so many tokens, where that is less than the context.
+    """
     # Short texts first: a batch is as long as its longest text.
     unique = sorted(dict.fromkeys(texts), key=len)
     row = {text: i for i, text in enumerate(unique)}
     batches = [unique[i : i + BATCH] for i in range(0, len(unique), BATCH)]
-    rows = torch.cat([backbone.encode_text(backbone.tokenize(batch)).float() for batch in batches])
+    rows = torch.cat([backbone.encode_text(backbone.tokenize(batch, at_most)).float() for batch in batches])
     return normalize(rows, dim=-1)[[row[text] for text in texts]]
 
 
@@ -60,9 +63,9 @@ class Features:
             self._seen[urls] = self._embed(urls, allow_pipe)
         return self._seen[urls]
 
-    def texts(self, texts: Sequence[str]) -> Float[Tensor, "n d"]:
-        """One row per text."""
-        return embed_texts(self.backbone, texts)
+    def texts(self, texts: Sequence[str], at_most: int | None = None) -> Float[Tensor, "n d"]:
+        """One row per text, cut after `at_most` tokens if given."""
+        return embed_texts(self.backbone, texts, at_most)
 
     def _embed(self, urls: tuple[str, ...], allow_pipe: bool) -> tuple[Float[Tensor, "n d"], list[Sample]]:
         rows: list[Tensor] = []

@@ -27,6 +27,9 @@ class Method(L.LightningModule, ABC):
     `warmup_steps` and falls to zero along a cosine at `steps`, counted in optimizer steps.
     """
 
+    # Which of data.texts a batch must carry; checked before anything runs.
+    reads: tuple[str, ...] = ()
+
     # A checkpoint holds trained weights only; `on_load_checkpoint` checks that they are exactly those trained here.
     strict_loading = False
 
@@ -49,7 +52,7 @@ class Method(L.LightningModule, ABC):
         self.seed = torch.initial_seed()
         self.batches_seen = 0
         self.config_yaml = ""
-        self.notes: dict[str, Tensor] = {}
+        self.notes: dict[str, float] = {}
         self.frozen_rows: list[tuple[nn.Parameter, Tensor]] = []
 
     @abstractmethod
@@ -89,9 +92,9 @@ class Method(L.LightningModule, ABC):
             )
         return total
 
-    def note(self, name: str, value: Tensor) -> None:
+    def note(self, name: str, value: float) -> None:
         """A fact about this step beside its losses, for the logger."""
-        self.notes[name] = value.detach()
+        self.notes[name] = value
 
     def on_train_batch_end(self, *_: Any) -> None:
         if self.backbone.logit_scale.requires_grad:  # frozen, it stays as published, even a rounding above the limit

@@ -24,6 +24,8 @@ class Denoise(Method):
     Source: latent diffusion, arXiv 2112.10752, equation 3; texts dropped for guidance, arXiv 2207.12598, section 3.2.
     """
 
+    reads = ("caption",)
+
     def __init__(
         self,
         backbone: Backbone,

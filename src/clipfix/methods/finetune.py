@@ -19,6 +19,8 @@ class Finetune(Method):
     Source: CLIP (arXiv 2103.00020), figure 3.
     """
 
+    reads = ("caption",)
+
     def __init__(
         self,
         backbone: Backbone,

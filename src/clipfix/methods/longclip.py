@@ -45,6 +45,8 @@ class LongCLIP(Method):
     for both captions over real tokens; the temperature stays below 100 as in all methods here.
     """
 
+    reads = ("caption", "long")
+
     def __init__(
         self,
         backbone: Backbone,
@@ -81,7 +83,7 @@ class LongCLIP(Method):
         texts = {"long": batch["long"], "short": batch["caption"]} if self.short_weight else {"long": batch["long"]}
         tokens = {name: self.backbone.tokenize(several) for name, several in texts.items()}
         for name, rows in tokens.items():
-            self.note(f"data/{name}_fills_context", (rows[:, -1] != 0).float().mean())
+            self.note(f"data/{name}_cut", self.backbone.cut_share(texts[name], rows))
         if self.prefix_padding and "short" in tokens:
             tokens["short"] = prefix_padded(tokens["short"], self.draw(torch.rand, rows=len(tokens["short"])))
 

@@ -22,14 +22,16 @@ from typing import Any, Literal
 from rich.progress import track
 
 from clipfix.scenes.drawing import draw
-from clipfix.scenes.words import captions, pairs
-from clipfix.scenes.world import PATTERNS, WORLD, Scene, factors, look_alike, sample
+from clipfix.scenes.words import captions, pairs, plain_summary
+from clipfix.scenes.world import PATTERNS, WORLD, Scene, drawn_anew, factors, look_alike, sample
 
 Split = Literal["train", "selection", "test"]
+Kind = Literal["scenes", "pairs", "summaries"]  # as they come; look-alike pairs; groups that share one summary
 
 SHARES: tuple[Split, ...] = ("train",) * 6 + ("selection",) * 2 + ("test",) * 2
 OPENINGS = ("", "a photo of ", "a picture of ", "a drawing of ")  # how people say what they see
 SERIES = 4  # a train scene and three looks at it, each with another factor changed
+SHARERS = 4  # scenes with one summary
 SHARD = 512  # train scenes in a shard; the other splits are one shard each
 
 
@@ -37,22 +39,22 @@ SHARD = 512  # train scenes in a shard; the other splits are one shard each
 class Job:
     """One shard, drawn on its own: what it holds depends on nothing but this."""
 
+    kind: Kind
     split: Split
-    pairs: bool
     index: int
     size: int
     seed: int
 
     @property
     def name(self) -> str:
-        return f"{'pairs-' if self.pairs else ''}{self.split}-{self.index:05d}"
+        return f"{'' if self.kind == 'scenes' else self.kind + '-'}{self.split}-{self.index:05d}"
 
 
 def prepare(
     root: str | Path, seed: int, train: int, selection: int, test: int,
-    pairs_train: int, pairs_selection: int, pairs_test: int, processes: int = 2,
+    pairs_train: int, pairs_selection: int, pairs_test: int, summaries_test: int, processes: int = 2,
 ) -> Path:  # fmt: skip
-    """The folder of shards, drawn now if it is not there; sizes are scenes, and pairs per MMVP pattern.
+    """The folder of shards, drawn now if it is not there; sizes are scenes, pairs per MMVP pattern, and summaries.
 
     Several processes may call it at once: each draws into a folder of its own, and the first to finish is kept.
     """
@@ -62,15 +64,19 @@ def prepare(
     info = {
         "world": WORLD, "seed": seed, "train": train, "selection": selection, "test": test,
         "pairs_train": pairs_train, "pairs_selection": pairs_selection, "pairs_test": pairs_test,
+        "summaries_test": summaries_test,
     }  # fmt: skip
     if root.is_dir() and any(root.iterdir()):
         return _verified(root, info)
-    jobs = [Job("train", False, i, min(SHARD, train - start), seed) for i, start in enumerate(range(0, train, SHARD))]
-    jobs += [Job("selection", False, 0, selection, seed), Job("test", False, 0, test, seed)]
+    jobs = [
+        Job("scenes", "train", i, min(SHARD, train - start), seed) for i, start in enumerate(range(0, train, SHARD))
+    ]
+    jobs += [Job("scenes", "selection", 0, selection, seed), Job("scenes", "test", 0, test, seed)]
     rounds = SHARD // (2 * len(PATTERNS))  # a round is one pair of each pattern
     starts = range(0, pairs_train, rounds)
-    jobs += [Job("train", True, i, min(rounds, pairs_train - start), seed) for i, start in enumerate(starts)]
-    jobs += [Job("selection", True, 0, pairs_selection, seed), Job("test", True, 0, pairs_test, seed)]
+    jobs += [Job("pairs", "train", i, min(rounds, pairs_train - start), seed) for i, start in enumerate(starts)]
+    jobs += [Job("pairs", "selection", 0, pairs_selection, seed), Job("pairs", "test", 0, pairs_test, seed)]
+    jobs += [Job("summaries", "test", 0, summaries_test, seed)]
     root.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
     try:
@@ -105,7 +111,7 @@ def write(folder: Path, job: Job) -> None:
     with tarfile.open(folder / f"{job.name}.tar", "w") as tar:
         for index, (scene, extra) in enumerate(contents(job)):
             key = f"{job.name}-{index:04d}"
-            texts = captions(scene, Random(f"{job.seed}/{key}"))
+            texts = captions(scene, Random(f"{job.seed}/{key}"), extra.get("summary"))
             record = {
                 "caption": texts["short"], "long": texts["long"], "captions": texts["captions"],
                 "scene": scene.to_dict(), "factors": factors(scene), **extra,
@@ -122,12 +128,16 @@ def write(folder: Path, job: Job) -> None:
 def contents(job: Job) -> Iterator[tuple[Scene, dict[str, Any]]]:
     """What a shard holds, in order."""
     rng = Random(f"{job.seed}/{job.name}")
-    if job.pairs:
+    if job.kind == "pairs":
         for number, pattern in enumerate(pattern for _ in range(job.size) for pattern in PATTERNS):
             first, first_statement, second, second_statement = _own_pair(rng, pattern, job.split)
             for scene, statement in ((first, first_statement), (second, second_statement)):
                 phrasings = [opening + statement for opening in OPENINGS]
                 yield scene, {"pattern": pattern, "statement": statement, "phrasings": phrasings, "pair": number}
+    elif job.kind == "summaries":
+        for _ in range(job.size):
+            for scene in _sharers(rng, job.split):
+                yield scene, {"summary": plain_summary(scene)}
     elif job.split == "train":
         for number in range(job.size // SERIES):
             for scene in series(rng):
@@ -146,6 +156,16 @@ def _own_pair(rng: Random, pattern: str, split: Split) -> tuple[Scene, str, Scen
         pair = pairs(rng, pattern)
         if split_of(pair[0]) == split_of(pair[2]) == split:
             return pair
+
+
+def _sharers(rng: Random, split: Split) -> list[Scene]:
+    """Scenes of the same things in the same colours, all else anew: what follows the summary tells them apart."""
+    while True:
+        base = sample(rng)
+        candidates = [base, *(drawn_anew(base, rng) for _ in range(16 * SHARERS))]
+        found = {_truth(scene): scene for scene in candidates if split_of(scene) == split}
+        if len(found) >= SHARERS:
+            return list(found.values())[:SHARERS]
 
 
 def series(rng: Random) -> list[Scene]:

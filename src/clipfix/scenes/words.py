@@ -60,11 +60,11 @@ class Captions(TypedDict):
     captions: list[str]
 
 
-def captions(scene: Scene, rng: Random) -> Captions:
-    """Every text of one scene. Only the short one may be junk or wrong."""
+def captions(scene: Scene, rng: Random, summary: str | None = None) -> Captions:
+    """Every text of one scene. Only the short one may be junk or wrong; the long one opens with `summary` if given."""
     return {
         "short": _short(scene, rng),
-        "long": _long(scene, rng),
+        "long": _long(scene, rng, summary or _summary(scene, rng)),
         "captions": [_caption(scene, rng) for _ in range(5)],
     }
 
@@ -196,12 +196,22 @@ def _caption(scene: Scene, rng: Random) -> str:
     return text
 
 
-def _long(scene: Scene, rng: Random) -> str:
+def _summary(scene: Scene, rng: Random) -> str:
+    """One sentence with the colour and one or two details of everything."""
+    details = 2 if len(scene.things) == 1 else 1
+    named = _join([phrase(thing, {"colour", *rng.sample(carried(thing), details)}) for thing in scene.things])
+    sentence = rng.choice(("{}.", "A picture of {}.", "An illustration of {}.", "A drawing of {}.")).format(named)
+    return sentence[0].upper() + sentence[1:]
+
+
+def plain_summary(scene: Scene) -> str:
+    """The sentence that says of everything its kind, number and colour, and nothing more."""
+    return f"A picture of {_join([phrase(thing, {'colour'}) for thing in scene.things])}."
+
+
+def _long(scene: Scene, rng: Random, summary: str) -> str:
     """A summary sentence, then every factor of everything, places, relations and background."""
-    things = scene.things
-    summary = _join([phrase(t, {"colour", *rng.sample(carried(t), 2 if len(things) == 1 else 1)}) for t in things])
-    sentences = [rng.choice(("{}.", "A picture of {}.", "An illustration of {}.", "A drawing of {}.")).format(summary)]
-    sentences[0] = sentences[0][0].upper() + sentences[0][1:]
+    things, sentences = scene.things, [summary]
     for index, thing in enumerate(things):
         sentences += _describe(thing, index, len(things), rng)
     for first, second in pairwise(things):

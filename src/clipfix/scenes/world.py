@@ -112,6 +112,13 @@ def _compose(kinds: Iterable[str], rng: Random, count: int = 1) -> Scene:
     return Scene(things, rng.choice(BACKGROUNDS), tuple((rng.randint(-1, 1), rng.randint(-1, 1)) for _ in things))
 
 
+def drawn_anew(scene: Scene, rng: Random) -> Scene:
+    """Another scene of as many things of the same kinds and colours; whatever else they carry is drawn anew."""
+    other = _compose([thing.kind for thing in scene.things], rng, scene.things[0].count)
+    things = tuple(replace(new, colour=old.colour) for new, old in zip(other.things, scene.things, strict=True))
+    return replace(other, things=things)
+
+
 def values(scene: Scene, index: int, factor: str) -> list[Any]:
     """The other values that one factor of one thing may take in this scene; empty when the thing does not carry it."""
     thing = scene.things[index]

@@ -1,0 +1,62 @@
+"""How far a model reads: retrieval when only the beginning of each caption is there."""
+
+from collections.abc import Mapping, Sequence
+from random import Random
+from statistics import fmean
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from clipfix.data import Text
+from clipfix.evals import Benchmark
+from clipfix.evals.embed import Features
+from clipfix.evals.gallery import AFTER, BEFORE
+from clipfix.evals.retrieval import recall
+
+
+class Lengths(Benchmark):
+    """R@1, mean of both ways, with captions cut after so many tokens, start and end token among them.
+
+    The same pictures and captions at every length, so the curve rises as long as the model makes use of more words. It
+    is flat from the model's context on, and CLIP's is often flat before that.
+
+    Source: Long-CLIP (arXiv 2403.15378), section 2, measures the length that CLIP really reads in this way.
+    """
+
+    def __init__(
+        self,
+        shards: str | Sequence[str] | None,
+        text: Mapping[str, Any],
+        tokens: Sequence[int],
+        allow_pipe: bool = False,
+    ) -> None:
+        self.shards, self.text, self.tokens, self.allow_pipe = shards, Text(**text), sorted(tokens), allow_pipe
+        if not self.tokens or self.tokens[0] < 3:
+            raise ValueError(f"eval: tokens {list(tokens)}: give lengths of 3 or more, as start and end count.")
+        self.measured: list[list[float]] = []  # per scoring: R@1 at each length
+
+    def score(self, features: Features) -> dict[str, float]:
+        images, kept = features.images(self.shards, self.allow_pipe)
+        captions = [caption for sample in kept for caption in self.text.draw(sample, Random(sample["key"]))]
+        picture = torch.arange(len(images), device=images.device)
+        owner = picture.repeat_interleave(self.text.k)
+        found = []
+        for length in self.tokens:
+            texts = features.texts(captions, at_most=length)
+            both = (recall(images, texts, picture, owner, [1]), recall(texts, images, owner, picture, [1]))
+            found.append(fmean(way[1] for way in both))
+        self.measured.append(found)
+        return {f"{length}_tokens_R@1": score for length, score in zip(self.tokens, found, strict=True)}
+
+    def figure(self, columns: Sequence[str]) -> Figure | None:
+        """One line for each of the last scorings."""
+        figure = Figure(figsize=(6, 3.6), layout="constrained")
+        axis = figure.subplots()
+        for name, line, colour in zip(columns, self.measured[-len(columns) :], (BEFORE, AFTER), strict=False):
+            axis.plot(self.tokens, line, color=colour, marker="o", linewidth=2, label=name)
+        axis.set(xlabel="tokens of each caption that are read", ylabel="R@1, percent", xticks=self.tokens)
+        axis.set_ylim(bottom=0)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False)
+        return figure
