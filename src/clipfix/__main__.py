@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -199,12 +200,26 @@ OmegaConf.register_new_resolver("wandb_mode", wandb_mode, use_cache=True)
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def run(cfg: DictConfig) -> None:
-    if cfg.run not in VERBS:
-        raise ValueError(f"run={cfg.run} is no verb: choose from {', '.join(VERBS)}.")
-    verb, groups = VERBS[cfg.run]
-    if missing := list(unset(OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(groups))))):
-        raise ValueError(f"Not set: {', '.join(missing)}. Give a value on the command line, as in {missing[0]}=...")
-    verb(cfg, Path(HydraConfig.get().runtime.output_dir))
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        if cfg.run not in VERBS:
+            raise ValueError(f"run={cfg.run} is no verb: choose from {', '.join(VERBS)}.")
+        verb, groups = VERBS[cfg.run]
+        if missing := list(unset(OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(groups))))):
+            raise ValueError(f"Not set: {', '.join(missing)}. Give a value on the command line, as in {missing[0]}=...")
+        verb(cfg, folder)
+    except BaseException:
+        close(folder, exit_code=1)
+        raise
+    close(folder, exit_code=0)
+
+
+def close(folder: Path, exit_code: int) -> None:
+    """Leaves nothing behind that the next run of a sweep would stumble over: no open W&B run, no empty folder."""
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].finish(exit_code=exit_code)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def unset(node: Any, path: str = "") -> Iterator[str]:

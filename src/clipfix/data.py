@@ -249,6 +249,7 @@ class ShardData(L.LightningDataModule):
         """Makes the shards where they are absent; Lightning calls it on one process a machine."""
         if self.prepare is not None:
             self.prepare()
+            self.prepare = None  # once is enough, whoever asks
 
     def setup(self, stage: str | None = None) -> None:
         self.train_shards = expand(self.train, self.allow_pipe)

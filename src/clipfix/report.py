@@ -32,12 +32,12 @@ def write(
     figures = {"scores": bars(scores), "curves": curves(join_metrics(folder))}
     figures |= {name: benchmark.figure(list(scores)) for name, benchmark in benchmarks.items()}
     pictures = {name: save(figure, folder / f"{name}.png") for name, figure in figures.items() if figure}
+    for name, path in pictures.items():
+        show(f"report/{name}", path, loggers)
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             for column, values in scores.items():
                 logger.log_metrics(values, step=0 if column == "before" else facts["step"])
-            for name, path in pictures.items():
-                logger.log_image(f"report/{name}", [str(path)])
             logger.log_table(
                 "report/scores", columns=["score", *scores], data=[[row, *values] for row, values in rows(scores)]
             )
@@ -50,6 +50,13 @@ def write(
 def save(figure: Figure, path: Path) -> Path:
     figure.savefig(path, dpi=150, bbox_inches="tight")
     return path
+
+
+def show(name: str, picture: Path, loggers: Sequence[Logger]) -> None:
+    """A picture, by its name there, in every logger that has room for pictures."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_image(name, [str(picture)])
 
 
 def rows(scores: dict[str, Scores]) -> list[tuple[str, list[float]]]:

@@ -5,11 +5,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import WandbLogger
 from torchvision.transforms.functional import to_pil_image
 
 from clipfix.evals.gallery import Cell, gallery
 from clipfix.methods.denoise import Denoise, joined_texts
+from clipfix.report import show
 
 
 class Samples(L.Callback):
@@ -43,6 +43,4 @@ class Samples(L.Callback):
             cells.append(Cell(to_pil_image(picture), "test picture", [(text, None)]))
             cells.append(Cell(to_pil_image(image), "drawn from its text", []))
         gallery(cells, across=8, characters=34).savefig(self.path, dpi=100, bbox_inches="tight")
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image("samples/grid", [str(self.path)])
+        show("samples/grid", self.path, trainer.loggers)

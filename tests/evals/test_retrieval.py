@@ -5,7 +5,7 @@ from torch.nn.functional import normalize
 
 from clipfix.evals import retrieval
 from clipfix.evals.lengths import Lengths
-from clipfix.evals.retrieval import Retrieval, recall
+from clipfix.evals.retrieval import Retrieval, recall, without_shared_beginning
 
 
 def random_features(seed, pictures=23, captions=3, dim=4):
@@ -85,3 +85,13 @@ def test_lengths_ask_with_the_beginning_of_each_caption(tmp_path):
     assert axis.lines[0].get_xydata().tolist() == [[3, 50], [4, 100], [77, 100]]
     with pytest.raises(ValueError, match="tokens"):
         Lengths(shard, {"key": "txt", "pick": "one"}, tokens=[2])
+
+
+def test_captions_are_shown_from_where_they_part():
+    shared = "A fish. It is red. "
+    assert without_shared_beginning([shared + "It is small.", shared + "It swims."]) == [
+        "... It is small.",
+        "... It swims.",
+    ]
+    for texts in (["a fish", "a bird"], ["A fish. Red.", "A fish. Red."], ["A fish", "A fish. Red."]):
+        assert without_shared_beginning(texts) == texts

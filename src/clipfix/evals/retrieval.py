@@ -1,7 +1,7 @@
 """Retrieval: find the caption of a picture among all captions, and the picture of a caption among all pictures."""
 
 from collections.abc import Mapping, Sequence
-from itertools import islice
+from itertools import islice, takewhile
 from random import Random
 from statistics import fmean
 from typing import Any
@@ -81,6 +81,16 @@ class Retrieval(Benchmark):
         for i, sample in enumerate(shown):
             own = self.text.draw(sample, Random(sample["key"]))[0]
             found = [scoring[i] for scoring in self.found[-len(columns) :]]
-            lines = [(f"{name}: {text}", right) for name, (text, right) in zip(columns, found, strict=True)]
+            own, *texts = without_shared_beginning([own, *(text for text, _ in found)])
+            lines = [(f"{name}: {text}", right) for name, text, (_, right) in zip(columns, texts, found, strict=True)]
             cells.append(Cell(sample["image"], "", [(own, None), *lines]))
         return gallery(cells, across=4)
+
+
+def without_shared_beginning(texts: Sequence[str]) -> list[str]:
+    """Texts without the sentences that all of them open with, which would hide where they part."""
+    sentences = [text.split(". ") for text in texts]
+    shared = len(list(takewhile(lambda places: len(set(places)) == 1, zip(*sentences, strict=False))))
+    if shared == 0 or any(len(one) == shared for one in sentences):
+        return list(texts)
+    return ["... " + ". ".join(one[shared:]) for one in sentences]
