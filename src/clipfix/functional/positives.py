@@ -1,0 +1,61 @@
+"""Which image and caption belong together though the data never paired them."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+class Frozen(NamedTuple):
+    """What a frozen reference CLIP says of n images and the k captions of each; rows are unit norm, but for `gist`.
+
+    `gist` is the mean of the caption features by which texts are compared with texts: the product of two gists is the
+    mean over all pairs of their captions.
+    """
+
+    image: Float[Tensor, "n d"]
+    text: Float[Tensor, "n k d"]
+    gist: Float[Tensor, "n d"]
+
+    def rows(self, part: slice) -> "Frozen":
+        return Frozen(self.image[part], self.text[part], self.gist[part])
+
+
+class Thresholds(NamedTuple):
+    """Cosines above which a pair is promoted; `supported` is the lower bar of pairs that image or text supports."""
+
+    image_text: float
+    supported: float
+    image_image: float
+    text_text: float
+
+
+class Positives(NamedTuple):
+    """Image i with caption c of sample j, by what makes them a positive; a pair may have several reasons."""
+
+    own: Bool[Tensor, "b n k"]
+    by_pair: Bool[Tensor, "b n k"]
+    by_image: Bool[Tensor, "b n k"]
+    by_text: Bool[Tensor, "b n k"]
+
+    def any(self) -> Bool[Tensor, "b n k"]:
+        return self.own | self.by_pair | self.by_image | self.by_text
+
+
+def mine(queries: Frozen, samples: Frozen, thresholds: Thresholds, first_row: int) -> Positives:
+    """Pairs of b images and n samples that the reference finds alike; query i is sample `first_row + i` itself.
+
+    An image and a caption of another sample are positives if their similarity is above `image_text`; or above
+    `supported`, if also the two images are alike above `image_image` or the captions of both above `text_text`. Its own
+    captions are positives whatever they say. `first_row` may lie outside of the samples, as it does for a tile of them.
+
+    Source: FFF (arXiv 2405.10286), section 3.2. There is no public code; the nesting is read from the text.
+    """
+    pair = torch.einsum("bd,nkd->bnk", queries.image, samples.text)
+    likely = pair > thresholds.supported
+    images = (queries.image @ samples.image.T > thresholds.image_image)[..., None]
+    texts = (queries.gist @ samples.gist.T > thresholds.text_text)[..., None]
+    rows = torch.arange(len(queries.image), device=pair.device)[:, None] + first_row
+    own = (rows == torch.arange(len(samples.image), device=pair.device))[..., None].expand_as(pair)
+    return Positives(own, (pair > thresholds.image_text) & ~own, likely & images & ~own, likely & texts & ~own)

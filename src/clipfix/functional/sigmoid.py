@@ -1,0 +1,66 @@
+"""The pairwise sigmoid loss with any number of positives, in memory that grows with the batch and not its square."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Which texts of the samples in a slice are positives of which image: [b, slice, k].
+Positives = Callable[[slice], Bool[Tensor, "b t k"]]
+
+
+def sigmoid_loss(
+    image: Float[Tensor, "b d"],
+    text: Float[Tensor, "n k d"],
+    scale: Float[Tensor, ""],
+    bias: Float[Tensor, ""],
+    positives: Positives,
+    tile: int,
+) -> Float[Tensor, ""]:
+    """Sum over all images and texts of softplus(-m (scale cos + bias)), m = 1 for positives and -1 for the others.
+
+    Features are L2-normalized. Divide by the images b (as SigLIP does) or by the entries b n k (the paper's mean).
+    `tile` samples are scored at a time and their logits forgotten, so b x tile x k entries are held at once.
+
+    Source: the loss of FFF (arXiv 2405.10286), where 1 / tau = scale and beta = -bias; with each image's own text as
+    the one positive it is SigLIP's (arXiv 2303.15343), equation 1.
+    """
+    return TiledSigmoid.apply(image, text, scale, bias, positives, tile)
+
+
+class TiledSigmoid(torch.autograd.Function):
+    """Loss and gradients in one pass over tiles: the loss is a sum of entries, so each tile knows its own gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, positives: Positives, tile: int
+    ) -> Tensor:
+        # Mixed precision stops here: at large scales bf16 logits lie half a unit apart.
+        with torch.autocast(image.device.type, enabled=False):
+            features, total = image.detach(), torch.zeros((), dtype=torch.float64, device=image.device)
+            to_image, to_text = torch.zeros_like(features), torch.empty_like(text)
+            to_scale, to_bias = torch.zeros_like(total), torch.zeros_like(total)
+            for start in range(0, len(text), tile):
+                part = slice(start, start + tile)
+                columns = text[part].detach().flatten(0, 1)
+                cosines = features @ columns.T
+                sign = positives(part).flatten(1).to(cosines.dtype).mul_(2).sub_(1)
+                margin = (scale * cosines + bias).mul_(sign)
+                total += F.softplus(-margin).sum(dtype=torch.float64)
+                slope = torch.sigmoid(-margin).mul_(sign).neg_()  # of this entry's loss in its logit
+                to_scale += (slope * cosines).sum(dtype=torch.float64)
+                to_bias += slope.sum(dtype=torch.float64)
+                slope *= scale
+                to_image += slope @ columns
+                to_text[part] = (slope.T @ features).view_as(text[part])
+        ctx.save_for_backward(to_image, to_text, to_scale.to(scale.dtype), to_bias.to(bias.dtype))
+        return total.to(image.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return (*(gradient * saved for saved in ctx.saved_tensors), None, None)
