@@ -21,10 +21,18 @@ WORDS = ["red", "blue", "fish", "house", "star", "heart", "left", "right", "open
 def build(name: str, clip_folder: str, generator_folder: str, **overrides: object) -> Method:
     """The method as its yaml configures it, on random small models, a few steps long."""
     diffusion = {"_target_": "clipfix.diffusion.Diffusion", "path": generator_folder, "dtype": "fp32"}
-    config = OmegaConf.create({"diffusion": diffusion, "method": OmegaConf.load(CONF / "method" / f"{name}.yaml")})
+    reference = {"_target_": "clipfix.backbone.Backbone", "name": clip_folder, "pretrained": "random"}
+    config = OmegaConf.create(
+        {"backbone": reference, "diffusion": diffusion, "method": OmegaConf.load(CONF / "method" / f"{name}.yaml")}
+    )
     config.method.update({"steps": 4, "warmup_steps": 1, **SMALL.get(name, {}), **overrides})
     torch.manual_seed(0)
-    return instantiate(config.method, backbone=Backbone(clip_folder, pretrained="random"))
+    method = instantiate(config.method, backbone=Backbone(clip_folder, pretrained="random"))
+    for clip in method.modules():
+        if isinstance(clip, Backbone):  # words of a random one start at nothing, so all would say the same
+            words = torch.Generator().manual_seed(1)
+            torch.nn.init.normal_(clip.text.get_parameter("token_embedding.weight"), std=0.5, generator=words)
+    return method
 
 
 def batch(rows: int, seed: int = 0) -> dict:
@@ -34,4 +42,5 @@ def batch(rows: int, seed: int = 0) -> dict:
         for words in (4, 30)
     )
     image = torch.rand(rows, 3, 32, 32, generator=generator)
-    return {"image": image, "caption": short, "long": long, "skipped": 0}
+    captions = [f"{opening} {text}" for text in short for opening in ("a", "a photo of")]
+    return {"image": image, "caption": short, "captions": captions, "long": long, "skipped": 0}

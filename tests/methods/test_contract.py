@@ -115,7 +115,7 @@ def test_norms_biases_scalars_and_tables_do_not_decay(method):
     kept = next(group["params"] for group in parameter_groups(method) if group.get("weight_decay") == 0.0)
     names = {id(p): n for n, p in method.named_parameters()}
     assert all(p.ndim >= 2 and "positional_embedding" not in names[id(p)] for p in decay)
-    assert {names[id(p)] for p in decay + kept} == method.trained_names()
+    assert {names[id(p)] for p in decay + kept} == {n for n, p in method.named_parameters() if p.requires_grad}
 
 
 def test_schedule_warms_up_then_falls_along_a_cosine():

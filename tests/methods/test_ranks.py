@@ -25,9 +25,9 @@ class Step(torch.nn.Module):
 
 
 def rows(inputs: dict, start: int, stop: int) -> dict:
-    return {
-        key: value[start:stop] if isinstance(value, list | torch.Tensor) else value for key, value in inputs.items()
-    }
+    """Some images of a batch and all texts of each."""
+    each = {key: len(value) // ROWS for key, value in inputs.items() if isinstance(value, list | torch.Tensor)}
+    return inputs | {key: inputs[key][start * texts : stop * texts] for key, texts in each.items()}
 
 
 def gradients(method: Method) -> dict[str, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -29,3 +29,19 @@ def contrastive_loss(
         image_to_text = F.cross_entropy(scale * image @ all_text.T, targets, label_smoothing=label_smoothing)
         text_to_image = F.cross_entropy(scale * text @ all_image.T, targets, label_smoothing=label_smoothing)
     return (image_to_text + text_to_image) / 2
+
+
+def many_positives_loss(
+    queries: Float[Tensor, "b d"],
+    answers: Float[Tensor, "m d"],
+    positives: Bool[Tensor, "b m"],
+    scale: Float[Tensor, ""],
+) -> Float[Tensor, ""]:
+    """Cross-entropy against all answers, averaged over the positives of each query, then over queries.
+
+    Features are L2-normalized; every query needs a positive. The target is spread evenly over a query's positives, so
+    the loss of a perfect model is the mean log of their number. Source: SupCon (arXiv 2004.11362), equation 2.
+    """
+    with torch.autocast(queries.device.type, enabled=False):
+        target = positives / positives.sum(dim=1, keepdim=True)
+        return F.cross_entropy(scale * queries @ answers.T, target)

@@ -59,3 +59,26 @@ def mine(queries: Frozen, samples: Frozen, thresholds: Thresholds, first_row: in
     rows = torch.arange(len(queries.image), device=pair.device)[:, None] + first_row
     own = (rows == torch.arange(len(samples.image), device=pair.device))[..., None].expand_as(pair)
     return Positives(own, (pair > thresholds.image_text) & ~own, likely & images & ~own, likely & texts & ~own)
+
+
+def thresholds_for(reference: Frozen, extra: Thresholds) -> Thresholds:
+    """The cosines above which each condition, taken alone, promotes so many pairs an image on average.
+
+    Cosines of one model mean nothing in another, whose mean may be 0.16 or 0.41; how many positives one expects does.
+    Pairs of equal cosine stand or fall together, so there may be fewer.
+    """
+    samples, captions = reference.text.shape[:2]
+    itself = torch.eye(samples, dtype=torch.bool, device=reference.image.device)
+
+    def above(cosines: Float[Tensor, "n n"] | Float[Tensor, "n n k"], count: float) -> float:
+        flat = cosines[~itself].flatten()
+        kept = min(round(count * samples), len(flat) - 1)
+        return flat.topk(kept + 1).values[-1].item()
+
+    pair = torch.einsum("id,jkd->ijk", reference.image, reference.text)
+    return Thresholds(
+        above(pair, extra.image_text * captions),
+        above(pair, extra.supported * captions),
+        above(reference.image @ reference.image.T, extra.image_image),
+        above(reference.gist @ reference.gist.T, extra.text_text),
+    )

@@ -1,0 +1,198 @@
+"""FFF as a method: what becomes a positive, where the offset starts, and that its switches do what they say."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from small import batch, build
+
+from clipfix.functional.positives import Thresholds
+from clipfix.methods.fff import FFF
+
+NOTHING = {"image_text": 2.0, "supported": 2.0, "image_image": 2.0, "text_text": 2.0}
+DOUBLES = {"image_text": 2.0, "supported": -1.0, "image_image": 0.99999, "text_text": 2.0}  # pictures that are equal
+
+
+@pytest.fixture
+def make(clip_folder, generator_folder):
+    return lambda **overrides: build("fff", clip_folder, generator_folder, **overrides)
+
+
+def doubled(rows: int) -> dict:
+    """A batch whose second half shows the pictures of the first, with captions of its own."""
+    inputs = batch(rows)
+    half = inputs["image"][: rows // 2]
+    return inputs | {"image": torch.cat([half, half])}
+
+
+def total(method: FFF, inputs: dict) -> torch.Tensor:
+    method.seed_draws(0)
+    return torch.stack(list(method.loss(inputs).values())).sum()
+
+
+def features(method: FFF, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images [b, d] and texts [b, k, d], an image and a caption at a time."""
+    clip, k = method.backbone, len(inputs["captions"]) // len(inputs["image"])
+    encode = lambda text: clip.encode_text(clip.tokenize([text]))[0]  # noqa: E731
+    texts = [
+        torch.stack([encode(text) for text in [*inputs["captions"][i * k : (i + 1) * k], raw]])
+        for i, raw in enumerate(inputs["caption"])
+    ]
+    return F.normalize(clip.encode_image(inputs["image"]), dim=-1), F.normalize(torch.stack(texts), dim=-1)
+
+
+@pytest.mark.parametrize("mean_over", ["images", "entries"])
+def test_sigmoid_is_the_papers_sum(make, mean_over):
+    """Own captions, and those of the same picture seen twice, are the positives."""
+    method, inputs = make(thresholds=DOUBLES, mean_over=mean_over, start_bias=-3.0), doubled(6)
+    image, text = features(method, inputs)
+    logits = method.backbone.logit_scale.exp() * torch.einsum("id,jkd->ijk", image, text) - 3.0
+    same = (torch.arange(6)[:, None] - torch.arange(6)) % 3 == 0
+    sign = torch.where(same, 1.0, -1.0)[..., None]
+    entries = F.softplus(-sign * logits)
+    expected = entries.sum() / (6 if mean_over == "images" else 6 * 6 * 3)
+    torch.testing.assert_close(total(method, inputs), expected)
+    assert method.notes == {
+        "positives/by_pair_per_image": 0.0,
+        "positives/by_image_per_image": 3.0,
+        "positives/by_text_per_image": 0.0,
+    }
+
+
+def test_softmax_spreads_over_the_same_positives(make):
+    method, inputs = make(thresholds=DOUBLES, objective="softmax"), doubled(6)
+    image, text = features(method, inputs)
+    logits = method.backbone.logit_scale.exp() * torch.einsum("id,jkd->ijk", image, text)
+    same = ((torch.arange(6)[:, None] - torch.arange(6)) % 3 == 0)[..., None].expand_as(logits)
+    to_text = -logits.flatten(1).log_softmax(dim=1)[same.flatten(1)].view(6, -1).mean()
+    to_image = -logits.log_softmax(dim=0)[same].mean()
+    torch.testing.assert_close(total(method, inputs), (to_text + to_image) / 2)
+
+
+def test_tiles_change_nothing(make):
+    inputs = batch(7)
+    settings = {"thresholds": {"image_text": 0.2, "supported": 0.0, "image_image": 0.3, "text_text": 0.3}}
+    whole, tiled = make(**settings), make(tile=2, **settings)
+    torch.testing.assert_close(total(whole, inputs), total(tiled, inputs))
+    assert whole.notes == tiled.notes
+
+
+def test_junk_captions_make_positives_only_where_raw_captions_are_compared(make):
+    inputs = batch(6) | {"caption": ["img_0001.jpg"] * 6}
+    bars = {"image_text": 2.0, "supported": -1.0, "image_image": 2.0, "text_text": 0.99999}
+    found = {}
+    for gist in ("captions", "caption"):
+        method = make(thresholds=bars, gist=gist)
+        total(method, inputs)
+        found[gist] = method.notes["positives/by_text_per_image"]
+    assert found == {"captions": 0.0, "caption": 5.0 * 3}  # all three captions of the five others
+
+
+def test_raw_captions_can_be_left_out(make):
+    with_raw, without = make(), make(keep_raw=False)
+    assert with_raw.texts(batch(4)).shape[1] == 3
+    assert without.texts(batch(4)).shape[1] == 2
+    changed = batch(4) | {"caption": ["something else"] * 4}
+    assert total(make(keep_raw=False), batch(4)) == total(without, changed)
+    assert total(make(), batch(4)) != total(with_raw, changed)
+
+
+def test_offset_starts_where_the_loss_is_least(make):
+    method, inputs = make(thresholds=NOTHING), batch(8)
+    method.on_train_batch_start(inputs, 0)
+    best, start = total(method, inputs), method.bias.item()
+    assert start < -1  # most entries are negatives
+    for step in (-0.05, 0.05):
+        method.bias.data.fill_(start + step)
+        assert total(method, inputs) > best
+    method.batches_seen = 1
+    method.on_train_batch_start(inputs, 0)
+    assert method.bias.item() == pytest.approx(start + 0.05), "only before the first step"
+    assert make(start_bias=-4.0).bias.item() == -4.0
+
+
+def test_counts_become_cosines_of_the_reference(make):
+    """Asked for so many positives an image by each condition, alone it promotes as many."""
+    inputs = batch(20)
+    for condition, asked in (("image_text", 0.5), ("image_image", 1.0), ("text_text", 2.0)):
+        extra = {"image_text": 0.0, "supported": 19.0, "image_image": 0.0, "text_text": 0.0} | {condition: asked}
+        method = make(thresholds_are="extra", thresholds=extra)
+        method.on_train_batch_start(inputs, 0)
+        total(method, inputs)
+        reason = {"image_text": "by_pair", "image_image": "by_image", "text_text": "by_text"}[condition]
+        found = {name: method.notes[f"positives/{name}_per_image"] for name in ("by_pair", "by_image", "by_text")}
+        # an image or text that is alike brings all three captions, less those below the lower bar of the pair
+        assert found.pop(reason) == pytest.approx(asked * 3, abs=0.16 + asked * 0.2)
+        assert max(found.values()) <= 0.01
+
+
+def test_reference_stays_as_it_was(make):
+    method = make().eval()
+    before = method.reference.encode_image(batch(2)["image"])
+    optimizer = method.configure_optimizers()["optimizer"]
+    total(method, batch(4)).backward()
+    optimizer.step()
+    assert torch.equal(method.reference.encode_image(batch(2)["image"]), before)
+    assert not torch.equal(method.backbone.encode_image(batch(2)["image"]), before)
+    assert not any(name.startswith("reference") for name in method.trained_names())
+
+
+def test_wrong_choices_are_named(make):
+    for wrong in ({"objective": "hinge"}, {"gist": "long"}, {"thresholds_are": "many"}, {"mean_over": "all"}):
+        with pytest.raises(Exception, match=rf"method\.{next(iter(wrong))} is .*: choose"):
+            make(**wrong)
+    with pytest.raises(Exception, match=r"method\.tile"):
+        make(tile=0)
+    assert Thresholds(**NOTHING) == (2.0, 2.0, 2.0, 2.0)
+
+
+# -- ranks: the double of a picture may lie on another one ------------------------------------------------------------
+
+
+def worker(rank: int, world: int, clip_folder: str, generator_folder: str, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    torch.set_num_threads(1)
+    for objective in ("sigmoid", "softmax"):
+        method = build("fff", clip_folder, generator_folder, thresholds=DOUBLES, objective=objective)
+        inputs, rows = doubled(8), 8 // world
+        part = {key: value[rank * rows * (len(value) // 8) :][: rows * (len(value) // 8)]
+                for key, value in inputs.items() if key != "skipped"}  # fmt: skip
+        method.on_train_batch_start(part, 0)
+        step = torch.nn.parallel.DistributedDataParallel(Step(method))
+        loss = step(part)
+        loss.backward()
+        dist.all_reduce(mean := loss.detach() / world)
+        found = {"loss": mean, "bias": method.bias.detach(), "notes": method.notes}
+        gradients = {name: p.grad for name, p in method.named_parameters() if p.requires_grad}
+        torch.save({**found, "gradients": gradients}, f"{folder}/{objective}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+class Step(torch.nn.Module):
+    def __init__(self, method: FFF):
+        super().__init__()
+        self.method = method
+
+    def forward(self, inputs: dict) -> torch.Tensor:
+        return total(self.method, inputs)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_doubles_on_other_ranks_are_found(world, make, clip_folder, generator_folder, tmp_path):
+    mp.spawn(worker, (world, clip_folder, generator_folder, str(tmp_path)), nprocs=world)
+    for objective in ("sigmoid", "softmax"):
+        alone, inputs = make(thresholds=DOUBLES, objective=objective), doubled(8)
+        alone.on_train_batch_start(inputs, 0)
+        loss = total(alone, inputs)
+        loss.backward()
+        assert alone.notes["positives/by_image_per_image"] == 3.0
+        for rank in range(world):
+            together = torch.load(tmp_path / f"{objective}-{rank}.pt", weights_only=True)
+            assert together["notes"] == alone.notes
+            torch.testing.assert_close(together["loss"], loss.detach(), rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(together["bias"], alone.bias.detach(), rtol=1e-4, atol=1e-4)
+            for name, p in alone.named_parameters():
+                if p.requires_grad:
+                    atol = 1e-4 * float(p.grad.abs().max()) + 1e-8
+                    torch.testing.assert_close(together["gradients"][name], p.grad, rtol=1e-4, atol=atol)
