@@ -173,10 +173,10 @@ def test_every_yaml_binds_its_constructors(name):
         "prepare": {"root": "scenes"},
         "selection": "selection.tar",
         "allow_pipe": False,
-        "texts": {"caption": {"key": "txt", "pick": "one", "k": 1}},
+        "texts": {name: {"key": name, "pick": "one", "k": 1} for name in ("caption", "long")},
     }
     cfg = OmegaConf.create({"eval": OmegaConf.load(CONF / f"{name}.yaml"), "data": data})
-    if name == "standard":
+    if OmegaConf.is_missing(cfg.eval, "shards"):
         cfg.eval.shards = "test.tar"
     benchmarks = instantiate(cfg.eval.benchmarks)
     assert all(isinstance(benchmark, Benchmark) for benchmark in benchmarks.values())
