@@ -28,7 +28,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clipfix.__main__ import CONF, PACKAGE
 from clipfix.backbone import Backbone
-from clipfix.functional.contrastive import contrastive_loss
 from clipfix.methods.longclip import LongCLIP
 
 GB = 2**30
@@ -38,7 +37,7 @@ class PlainLongCLIP(LongCLIP):
     """The same losses from open_clip's own forward, as a port of the paper would be written first."""
 
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        model, scale = self.backbone.model, self.backbone.logit_scale.exp()
+        model = self.backbone.model
         long, short = (model.encode_text(self.backbone.tokenize(batch[name])) for name in ("long", "caption"))
         image, long, short = (
             F.normalize(part.float(), dim=-1) for part in (self.backbone.encode_image(batch["image"]), long, short)
@@ -47,7 +46,7 @@ class PlainLongCLIP(LongCLIP):
         directions = torch.linalg.svd(image - mean, full_matrices=False).Vh[: self.components]
         reduced = (image - mean) @ directions.T @ directions + mean
         return {
-            name: contrastive_loss(pictures, texts, pictures, texts, scale, 0, self.label_smoothing)
+            name: self.contrast(pictures, texts, self.label_smoothing)
             for name, pictures, texts in (("long", image, long), ("short", reduced, short))
         }
 

@@ -5,14 +5,13 @@ from random import Random
 from statistics import fmean
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 
 from clipfix.data import Text
 from clipfix.evals import Benchmark
 from clipfix.evals.embed import Features
 from clipfix.evals.gallery import AFTER, BEFORE
-from clipfix.evals.retrieval import recall
+from clipfix.evals.retrieval import both_ways
 
 
 class Lengths(Benchmark):
@@ -39,13 +38,10 @@ class Lengths(Benchmark):
     def score(self, features: Features) -> dict[str, float]:
         images, kept = features.images(self.shards, self.allow_pipe)
         captions = [caption for sample in kept for caption in self.text.draw(sample, Random(sample["key"]))]
-        picture = torch.arange(len(images), device=images.device)
-        owner = picture.repeat_interleave(self.text.k)
         found = []
         for length in self.tokens:
-            texts = features.texts(captions, at_most=length)
-            both = (recall(images, texts, picture, owner, [1]), recall(texts, images, owner, picture, [1]))
-            found.append(fmean(way[1] for way in both))
+            recalls = both_ways(images, features.texts(captions, at_most=length), [1])
+            found.append(fmean(way[1] for way in recalls.values()))
         self.measured.append(found)
         return {f"{length}_tokens_R@1": score for length, score in zip(self.tokens, found, strict=True)}
 

@@ -42,6 +42,18 @@ def recall(
     return dict(zip(at, (100 * torch.stack(hits).mean(dim=0)).tolist(), strict=True))
 
 
+def both_ways(
+    images: Float[Tensor, "n d"], texts: Float[Tensor, "m d"], at: Sequence[int]
+) -> dict[str, dict[int, float]]:
+    """Recall of texts by image and of images by text; each image has as many texts, side by side."""
+    picture = torch.arange(len(images), device=images.device)
+    owner = picture.repeat_interleave(len(texts) // len(images))
+    return {
+        "image_to_text": recall(images, texts, picture, owner, at),
+        "text_to_image": recall(texts, images, owner, picture, at),
+    }
+
+
 class Retrieval(Benchmark):
     """R@k both ways, with the captions that `text` picks (`key`, `pick`, `k`: as data.texts does in training)."""
 
@@ -62,14 +74,9 @@ class Retrieval(Benchmark):
         texts = features.texts(flat)
         nearest = (images[:SHOWN] @ texts.T).argmax(dim=1).tolist()
         self.found.append([(flat[text], flat[text] in captions[i]) for i, text in enumerate(nearest)])
-        picture = torch.arange(len(images), device=images.device)
-        owner = picture.repeat_interleave(self.text.k)
         scores = {
             f"{direction}_R@{k}": score
-            for direction, recalls in (
-                ("image_to_text", recall(images, texts, picture, owner, self.recall_at)),
-                ("text_to_image", recall(texts, images, owner, picture, self.recall_at)),
-            )
+            for direction, recalls in both_ways(images, texts, self.recall_at).items()
             for k, score in recalls.items()
         }
         return {"mean": fmean(scores.values()), **scores}

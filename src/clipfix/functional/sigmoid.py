@@ -63,7 +63,7 @@ class TiledSigmoid(torch.autograd.Function):
         # Mixed precision stops here: at large scales bf16 logits lie half a unit apart.
         with torch.autocast(image.device.type, enabled=False):
             features, total = image.detach(), torch.zeros((), dtype=torch.float64, device=image.device)
-            to_image, to_text = torch.zeros_like(features), torch.empty_like(text)
+            to_image, to_text = torch.zeros_like(features), torch.zeros_like(text)
             to_scale, to_bias = torch.zeros_like(total), torch.zeros_like(total)
             for start in range(0, len(text), tile):
                 part = slice(start, start + tile)
@@ -76,8 +76,10 @@ class TiledSigmoid(torch.autograd.Function):
                 to_scale += (slope * cosines).sum(dtype=torch.float64)
                 to_bias += slope.sum(dtype=torch.float64)
                 slope *= scale
-                to_image += slope @ columns
-                to_text[part] = (slope.T @ features).view_as(text[part])
+                if ctx.needs_input_grad[0]:
+                    to_image += slope @ columns
+                if ctx.needs_input_grad[1]:
+                    to_text[part] = (slope.T @ features).view_as(text[part])
         ctx.save_for_backward(to_image, to_text, to_scale.to(scale.dtype), to_bias.to(bias.dtype))
         return total.to(image.dtype)
 

@@ -89,13 +89,13 @@ class FFF(Method):
         known = self.look(batch)
         if self.extra is not None:
             self.bars.copy_(torch.tensor(thresholds_for(known.rows(slice(SAMPLED)), self.extra)))
-        if self.start_bias is None:
-            image, text = self.gather(self.images(batch)), self.gather(self.texts(batch))
+        if self.objective == "sigmoid" and self.start_bias is None:
+            image, text = self.gather(self.images(self.backbone, batch)), self.gather(self.texts(batch))
             scale = self.backbone.logit_scale.exp()
             self.bias.copy_(best_bias(image, text, scale, partial(self.positives, known, known, 0), self.tile))
 
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        image, text, scale = self.images(batch), self.texts(batch), self.backbone.logit_scale.exp()
+        image, text, scale = self.images(self.backbone, batch), self.texts(batch), self.backbone.logit_scale.exp()
         known, first, rows = self.look(batch), self.rank * len(image), len(image)
         own = known.rows(slice(first, first + rows))
         counts: Counter[str] = Counter()
@@ -115,8 +115,8 @@ class FFF(Method):
             self.note(f"positives/{name}_per_image", float(count) / rows)
         return {self.objective: term}
 
-    def images(self, batch: dict[str, Any]) -> Float[Tensor, "b d"]:
-        return F.normalize(self.backbone.encode_image(batch["image"]).float(), dim=-1)
+    def images(self, clip: Backbone, batch: dict[str, Any]) -> Float[Tensor, "b d"]:
+        return F.normalize(clip.encode_image(batch["image"]).float(), dim=-1)
 
     def texts(self, batch: dict[str, Any]) -> Float[Tensor, "b k d"]:
         """The captions of each image, the raw one last if it is kept."""
@@ -134,7 +134,7 @@ class FFF(Method):
     def look(self, batch: dict[str, Any]) -> Frozen:
         """What the reference says of the joined batch."""
         self.reference.eval()
-        image = F.normalize(self.reference.encode_image(batch["image"]).float(), dim=-1)
+        image = self.images(self.reference, batch)
         texts = self.encode_texts(self.reference, batch, (*self.names, self.gist))
         text = torch.cat([texts[name] for name in self.names], dim=1)
         return Frozen(self.gather(image), self.gather(text), self.gather(texts[self.gist].mean(dim=1)))
