@@ -18,10 +18,12 @@ from clipfix.scenes import KINDS, PATTERNS, Scene, Thing, captions, draw, factor
 from clipfix.scenes.shards import Job, contents, series, split_of
 from clipfix.scenes.world import CARRIED, values
 
-SIZES = {
+NOISE = {"junk": 0.08, "wrong": 0.05}
+SETTINGS = {
     "train": 64, "selection": 24, "test": 24, "pairs_train": 1, "pairs_selection": 1, "pairs_test": 2,
-    "summaries_test": 6,
+    "summaries_test": 6, **NOISE, "train_junk": 0.08, "train_wrong": 0.05, "popular": 0,
 }  # fmt: skip
+
 SIDES = ("above", "below", "to the left of", "to the right of")
 PLACES = (
     "at the top left", "at the top", "at the top right",
@@ -32,7 +34,7 @@ PLACES = (
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare(tmp_path_factory.mktemp("data") / "scenes", seed=0, **SIZES)
+    return prepare(tmp_path_factory.mktemp("data") / "scenes", seed=0, **SETTINGS)
 
 
 def read(world: Path, name: str) -> list[dict]:
@@ -112,20 +114,22 @@ def is_true(text: str, scene: dict) -> bool:
 
 
 def test_scenes_follow_from_the_seed() -> None:
-    first, second = ([(s, captions(s, Random(1)), draw(s).tobytes()) for s in scenes(20)] for _ in range(2))
+    first, second = (
+        [(s, captions(s, Random(1), None, **NOISE), draw(s).tobytes()) for s in scenes(20)] for _ in range(2)
+    )
     assert first == second
     assert scenes(20) != scenes(20, seed=1)
 
 
 def test_captions_are_true_and_name_everything() -> None:
     for scene in scenes(200):
-        for text in captions(scene, Random(2))["captions"]:
+        for text in captions(scene, Random(2), None, **NOISE)["captions"]:
             assert is_true(text, scene.to_dict()), (text, scene)
             assert all(re.search(rf"\b{thing.kind}", text) for thing in scene.things)
 
 
 def test_long_captions_have_100_to_230_tokens_and_open_with_a_summary() -> None:
-    texts = [captions(scene, Random(3))["long"] for scene in scenes(200)]
+    texts = [captions(scene, Random(3), None, **NOISE)["long"] for scene in scenes(200)]
     lengths = tokens(texts)
     assert 100 <= min(lengths) <= max(lengths) <= 230
     assert max(tokens([text.split(". ")[0] for text in texts])) <= 40
@@ -134,7 +138,7 @@ def test_long_captions_have_100_to_230_tokens_and_open_with_a_summary() -> None:
 
 def test_long_captions_say_every_factor() -> None:
     for scene in scenes(100):
-        text = captions(scene, Random(4))["long"]
+        text = captions(scene, Random(4), None, **NOISE)["long"]
         for thing in scene.things:
             said = (
                 thing.colour,
@@ -152,7 +156,7 @@ def test_long_captions_say_every_factor() -> None:
 
 def test_short_captions_are_short_lower_case_and_sometimes_junk() -> None:
     rng = Random(5)
-    texts = [captions(scene, rng)["short"] for scene in scenes(1500)]
+    texts = [captions(scene, rng, None, **NOISE)["short"] for scene in scenes(1500)]
     junk = [text for text in texts if not any(kind in text for kind in KINDS)]
     assert 0.05 < len(junk) / len(texts) < 0.11
     assert all(text == text.lower() for text in texts)
@@ -268,9 +272,39 @@ def test_stored_series_are_neighbours(world: Path) -> None:
     assert [entry["json"]["series"] for entry in read(world, "train")] == [i // 4 for i in range(64)]
 
 
+def test_popular_scenes_come_again_with_other_words_and_other_pixels(tmp_path: Path) -> None:
+    noisy = SETTINGS | {"train": 400, "popular": 10, "train_junk": 0.5, "processes": 1}
+    folder = prepare(tmp_path / "scenes", seed=0, **noisy)
+    stored = read(folder, "train")
+    shown: dict[str, list[dict]] = {}
+    for entry in stored:
+        shown.setdefault(entry["json"]["same_scene"], []).append(entry)
+    groups = [group for group in shown.values() if len(group) > 1]
+    assert len(groups) == 10
+    assert 0.4 < sum(map(len, groups)) / 400 < 0.6
+    for group in groups:
+        assert len({json.dumps([entry["json"]["scene"]["things"]]) for entry in group}) == 1
+        assert len({entry["json"]["same_things"] for entry in group}) == 1
+        assert len({entry["txt"] for entry in group}) > 1
+        assert len({entry["png"].tobytes() for entry in group}) > 1
+        assert all(is_true(group[0]["json"]["captions"][0], entry["json"]["scene"]) for entry in group)
+    assert len({entry["json"]["same_things"] for entry in stored}) < len(shown), "other scenes show the same things"
+    junk = [entry for entry in stored if not any(kind in entry["txt"] for kind in KINDS)]
+    assert 0.4 < len(junk) / 400 < 0.6
+    plain = prepare(tmp_path / "plain", seed=0, **SETTINGS)
+    assert (folder / "test-00000.tar").read_bytes() == (plain / "test-00000.tar").read_bytes(), "tests stay as they are"
+
+
 def test_splits_share_no_picture() -> None:
-    jobs = [Job("scenes", split, 0, size, 0) for split, size in (("train", 800), ("selection", 300), ("test", 300))]
-    jobs += [Job("pairs", "selection", 0, 10, 0), Job("pairs", "test", 0, 20, 0), Job("summaries", "test", 0, 30, 0)]
+    jobs = [
+        Job("scenes", split, 0, size, 0, **NOISE) for split, size in (("train", 800), ("selection", 300), ("test", 300))
+    ]
+    jobs += [Job("scenes", "train", 0, 800, 0, **NOISE, popular=20)]
+    jobs += [
+        Job("pairs", "selection", 0, 10, 0, **NOISE),
+        Job("pairs", "test", 0, 20, 0, **NOISE),
+        Job("summaries", "test", 0, 30, 0, **NOISE),
+    ]
     seen: dict[str, set[bytes]] = {"train": set(), "selection": set(), "test": set()}
     for job in jobs:
         seen[job.split] |= {sha256(draw(scene).tobytes()).digest() for scene, _ in contents(job)}
@@ -282,11 +316,11 @@ def test_splits_share_no_picture() -> None:
 def test_shards_are_the_same_bytes_whatever_the_processes_and_a_second_call_keeps_them(
     world: Path, tmp_path: Path
 ) -> None:
-    again = prepare(tmp_path / "scenes", seed=0, **SIZES, processes=1)
+    again = prepare(tmp_path / "scenes", seed=0, **SETTINGS, processes=1)
     for path in world.iterdir():
         assert path.read_bytes() == (again / path.name).read_bytes()
     before = {path: path.stat().st_mtime_ns for path in again.iterdir()}
-    prepare(again, seed=0, **SIZES)
+    prepare(again, seed=0, **SETTINGS)
     assert {path: path.stat().st_mtime_ns for path in again.iterdir()} == before
 
 
@@ -298,16 +332,16 @@ def test_the_slower_of_two_callers_takes_the_folder_of_the_faster(
         shutil.copytree(world, tmp_path / "scenes")
 
     monkeypatch.setattr("clipfix.scenes.shards.track", overtaken)
-    assert prepare(tmp_path / "scenes", seed=0, **SIZES, processes=1) == tmp_path / "scenes"
+    assert prepare(tmp_path / "scenes", seed=0, **SETTINGS, processes=1) == tmp_path / "scenes"
     assert list(tmp_path.iterdir()) == [tmp_path / "scenes"], "the slower one's draft was left behind"
 
 
 def test_changed_settings_and_foreign_folders_are_named(world: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="delete the folder or set another data"):
-        prepare(world, seed=1, **SIZES)
+        prepare(world, seed=1, **SETTINGS)
     (tmp_path / "photo.jpg").touch()
     with pytest.raises(ValueError, match="holds None"):
-        prepare(tmp_path, seed=0, **SIZES)
+        prepare(tmp_path, seed=0, **SETTINGS)
     with pytest.raises(ValueError, match="series of 4"):
-        prepare(tmp_path / "new", seed=0, **SIZES | {"train": 63})
+        prepare(tmp_path / "new", seed=0, **SETTINGS | {"train": 63})
     assert json.loads((world / "info.json").read_text())["seed"] == 0

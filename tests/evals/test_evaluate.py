@@ -196,6 +196,11 @@ def test_the_drawn_world_is_scored_on_every_factor_and_pattern(tmp_path, clip_fo
         pairs_selection=1,
         pairs_test=1,
         summaries_test=1,
+        junk=0.08,
+        wrong=0.05,
+        train_junk=0.08,
+        train_wrong=0.05,
+        popular=0,
     )
     cfg = OmegaConf.create({"eval": OmegaConf.load(CONF / "scenes.yaml"), "data": {"prepare": {"root": str(root)}}})
     scores = evaluate(Backbone(clip_folder, pretrained="random"), instantiate(cfg.eval.benchmarks))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.loss import SigLipLoss
 
-from clipfix.functional.positives import Frozen, Thresholds, mine
+from clipfix.functional.positives import Frozen, Thresholds, mine, thresholds_for
 from clipfix.functional.sigmoid import sigmoid_loss
 
 LOOSE = Thresholds(image_text=0.5, supported=0.1, image_image=0.4, text_text=0.3)
@@ -63,6 +63,25 @@ def test_each_condition_promotes_what_it_names():
         [0, 1],
         [1, 0],
     ]
+
+
+@pytest.mark.parametrize("seen", [600, 200])
+def test_counts_become_cosines_that_promote_as_many(seen):
+    """Each condition alone, in a batch of 600 of which fewer may be measured: a third sees a ninth of the pairs."""
+    reference = frozen(600, 2, seed=3)
+    counts = Thresholds(image_text=4.0, supported=50.0, image_image=8.0, text_text=2.0)
+    bars = thresholds_for(reference.rows(slice(seen)), counts, among=600)
+    pairs = torch.einsum("id,jkd->ijk", reference.image, reference.text)
+    images, texts = (side @ side.T for side in (reference.image, reference.gist))
+    others = ~torch.eye(600, dtype=torch.bool)
+    for cosines, bar, asked in (
+        (pairs, bars.image_text, 4.0 * 2),
+        (pairs, bars.supported, 50.0 * 2),
+        (images, bars.image_image, 8.0),
+        (texts, bars.text_text, 2.0),
+    ):
+        found = (cosines > bar)[others].sum().item() / 600
+        assert found == pytest.approx(asked, rel=0.002 if seen == 600 else 0.2)
 
 
 def diagonal(image: torch.Tensor, text: torch.Tensor):

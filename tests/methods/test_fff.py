@@ -82,19 +82,19 @@ def test_junk_captions_make_positives_only_where_raw_captions_are_compared(make)
     inputs = batch(6) | {"caption": ["img_0001.jpg"] * 6}
     bars = {"image_text": 2.0, "supported": -1.0, "image_image": 2.0, "text_text": 0.99999}
     found = {}
-    for gist in ("captions", "caption"):
-        method = make(thresholds=bars, gist=gist)
+    for compare in ("captions", "caption"):
+        method = make(thresholds=bars, compare=compare)
         total(method, inputs)
-        found[gist] = method.notes["positives/by_text_per_image"]
+        found[compare] = method.notes["positives/by_text_per_image"]
     assert found == {"captions": 0.0, "caption": 5.0 * 3}  # all three captions of the five others
 
 
 def test_raw_captions_can_be_left_out(make):
-    with_raw, without = make(), make(keep_raw=False)
+    with_raw, without = make(), make(texts=["captions"])
     assert with_raw.texts(batch(4)).shape[1] == 3
     assert without.texts(batch(4)).shape[1] == 2
     changed = batch(4) | {"caption": ["something else"] * 4}
-    assert total(make(keep_raw=False), batch(4)) == total(without, changed)
+    assert total(make(texts=["captions"]), batch(4)) == total(without, changed)
     assert total(make(), batch(4)) != total(with_raw, changed)
 
 
@@ -127,6 +127,57 @@ def test_counts_become_cosines_of_the_reference(make):
         assert max(found.values()) <= 0.01
 
 
+def test_known_labels_are_positives_with_and_without_mining(make):
+    """Equal labels join samples 0 and 3, 1 and 4, 2 and 5, and no reference is asked."""
+    inputs = batch(6) | {"cluster": ["a", "b", "c"] * 2}
+    alone = make(thresholds=None, same="cluster", start_bias=-3.0)
+    assert alone.reference is None
+    assert set(alone.reads) == {"captions", "caption", "cluster"}
+    image, text = features(alone, inputs)
+    logits = alone.backbone.logit_scale.exp() * torch.einsum("id,jkd->ijk", image, text) - 3.0
+    sign = torch.where((torch.arange(6)[:, None] - torch.arange(6)) % 3 == 0, 1.0, -1.0)[..., None]
+    torch.testing.assert_close(total(alone, inputs), F.softplus(-sign * logits).sum() / (6 * 6 * 3))
+    assert alone.notes == {"positives/by_label_per_image": 3.0}
+    together = make(thresholds=NOTHING, same="cluster", start_bias=-3.0)
+    assert torch.equal(total(together, inputs), total(alone, inputs))
+    mined = make(thresholds=DOUBLES, start_bias=-3.0)
+    twice = doubled(6)
+    assert torch.equal(total(mined, twice), total(alone, twice | {"cluster": ["a", "b", "c"] * 2}))
+
+
+def test_one_text_without_mining_under_softmax_is_plain_fine_tuning(make, clip_folder, generator_folder):
+    """The control of all else: the very loss of method=finetune."""
+    inputs, plain = batch(6), build("finetune", clip_folder, generator_folder)
+    control = make(objective="softmax", texts=["caption"], thresholds=None)
+    torch.testing.assert_close(total(control, inputs), total(plain, inputs))
+
+
+def test_features_of_the_shards_serve_as_well_as_the_reference(make):
+    inputs, asked = doubled(6), make(thresholds=DOUBLES, start_bias=-3.0)
+    image, texts = asked.reference_features(inputs)
+    stored = {"image": image, **{name: several.flatten(0, 1) for name, several in texts.items()}}
+    read = make(reference=None, thresholds=DOUBLES, start_bias=-3.0)
+    assert torch.equal(total(read, inputs | {"features": stored}), total(asked, inputs))
+    assert read.notes == asked.notes
+    with pytest.raises(ValueError, match="annotator=features"):
+        total(read, inputs)
+
+
+def test_promotions_say_what_was_mined_and_why(make):
+    """Samples 0 and 3 show the same picture: each is promoted to all three captions of the other, by its picture."""
+    inputs, method = doubled(6), make(thresholds=DOUBLES)
+    found = method.promoted(inputs)
+    assert {(p.image, p.sample) for p in found} == {(i, (i + 3) % 6) for i in range(6)}
+    assert len(found) == 6 * 3
+    first = found[0]
+    assert (first.image, first.sample, first.caption, first.reasons) == (0, 3, inputs["captions"][6], ("image_image",))
+    assert first.image_image == pytest.approx(1.0, abs=1e-5)
+    image, texts = method.reference_features(inputs)
+    assert first.image_text == pytest.approx((image[0] @ texts["captions"][3, 0]).item(), abs=1e-5)
+    assert found[2].caption == inputs["caption"][3]
+    assert make(thresholds=None).promoted(inputs) == []
+
+
 def test_reference_stays_as_it_was(make):
     method = make().eval()
     before = method.reference.encode_image(batch(2)["image"])
@@ -139,11 +190,12 @@ def test_reference_stays_as_it_was(make):
 
 
 def test_wrong_choices_are_named(make):
-    for wrong in ({"objective": "hinge"}, {"gist": "long"}, {"thresholds_are": "many"}, {"mean_over": "all"}):
+    for wrong in ({"objective": "hinge"}, {"thresholds_are": "many"}, {"mean_over": "all"}):
         with pytest.raises(Exception, match=rf"method\.{next(iter(wrong))} is .*: choose"):
             make(**wrong)
-    with pytest.raises(Exception, match=r"method\.tile"):
-        make(tile=0)
+    for wrong in ({"tile": 0}, {"texts": []}):
+        with pytest.raises(Exception, match=rf"method\.{next(iter(wrong))} is"):
+            make(**wrong)
     assert Thresholds(**NOTHING) == (2.0, 2.0, 2.0, 2.0)
 
 

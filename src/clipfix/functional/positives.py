@@ -43,12 +43,18 @@ class Positives(NamedTuple):
         return self.own | self.by_pair | self.by_image | self.by_text
 
 
+def itself(queries: int, samples: int, first_row: int, device: torch.device) -> Bool[Tensor, "b n"]:
+    """Query i is sample `first_row + i`, which may lie outside of the samples, as it does for a tile of them."""
+    rows = torch.arange(queries, device=device)[:, None] + first_row
+    return rows == torch.arange(samples, device=device)
+
+
 def mine(queries: Frozen, samples: Frozen, thresholds: Thresholds, first_row: int) -> Positives:
     """Pairs of b images and n samples that the reference finds alike; query i is sample `first_row + i` itself.
 
     An image and a caption of another sample are positives if their similarity is above `image_text`; or above
     `supported`, if also the two images are alike above `image_image` or the captions of both above `text_text`. Its own
-    captions are positives whatever they say. `first_row` may lie outside of the samples, as it does for a tile of them.
+    captions are positives whatever they say.
 
     Source: FFF (arXiv 2405.10286), section 3.2. There is no public code; the nesting is read from the text.
     """
@@ -56,23 +62,24 @@ def mine(queries: Frozen, samples: Frozen, thresholds: Thresholds, first_row: in
     likely = pair > thresholds.supported
     images = (queries.image @ samples.image.T > thresholds.image_image)[..., None]
     texts = (queries.gist @ samples.gist.T > thresholds.text_text)[..., None]
-    rows = torch.arange(len(queries.image), device=pair.device)[:, None] + first_row
-    own = (rows == torch.arange(len(samples.image), device=pair.device))[..., None].expand_as(pair)
+    own = itself(len(queries.image), len(samples.image), first_row, pair.device)[..., None].expand_as(pair)
     return Positives(own, (pair > thresholds.image_text) & ~own, likely & images & ~own, likely & texts & ~own)
 
 
-def thresholds_for(reference: Frozen, extra: Thresholds) -> Thresholds:
-    """The cosines above which each condition, taken alone, promotes so many pairs an image on average.
+def thresholds_for(reference: Frozen, extra: Thresholds, among: int) -> Thresholds:
+    """The cosines above which each condition, taken alone, promotes so many of `among` samples an image on average.
 
     Cosines of one model mean nothing in another, whose mean may be 0.16 or 0.41; how many positives one expects does.
-    Pairs of equal cosine stand or fall together, so there may be fewer.
+    The reference may know fewer samples than a batch of `among` has. Pairs of equal cosine stand or fall together, so
+    there may be fewer.
     """
     samples, captions = reference.text.shape[:2]
-    itself = torch.eye(samples, dtype=torch.bool, device=reference.image.device)
+    own = torch.eye(samples, dtype=torch.bool, device=reference.image.device)
+    scale = samples * (samples - 1) / (among - 1)
 
     def above(cosines: Float[Tensor, "n n"] | Float[Tensor, "n n k"], count: float) -> float:
-        flat = cosines[~itself].flatten()
-        kept = min(round(count * samples), len(flat) - 1)
+        flat = cosines[~own].flatten()
+        kept = min(round(count * scale), len(flat) - 1)
         return flat.topk(kept + 1).values[-1].item()
 
     pair = torch.einsum("id,jkd->ijk", reference.image, reference.text)

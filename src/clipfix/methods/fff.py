@@ -1,52 +1,86 @@
 """FFF: pairs that the data wrongly calls negatives are found and trained as positives (arXiv 2405.10286)."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
+from hashlib import blake2b
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from clipfix.backbone import Backbone
 from clipfix.functional.contrastive import many_positives_loss
-from clipfix.functional.positives import Frozen, Positives, Thresholds, mine, thresholds_for
+from clipfix.functional.positives import Frozen, Positives, Thresholds, itself, mine, thresholds_for
 from clipfix.functional.sigmoid import best_bias, sigmoid_loss
 from clipfix.methods.base import Method
 
 SAMPLED = 2048  # samples of the first batch from which counts become cosines
+NOTHING = (float("inf"),) * 4  # thresholds that no cosine passes
+
+
+class Known(NamedTuple):
+    """What tells which of n samples belong together: a reference's features, labels, or neither."""
+
+    samples: int
+    captions: int
+    frozen: Frozen | None
+    same: Int[Tensor, " n"] | None
+
+    def rows(self, part: slice) -> "Known":
+        return Known(
+            len(range(*part.indices(self.samples))),
+            self.captions,
+            self.frozen and self.frozen.rows(part),
+            None if self.same is None else self.same[part],
+        )
+
+
+class Promotion(NamedTuple):
+    """A pair that was mined: this image and that sample's caption, the three cosines, and which conditions held."""
+
+    image: int
+    sample: int
+    caption: str
+    image_text: float
+    image_image: float
+    text_text: float
+    reasons: tuple[str, ...]
 
 
 class FFF(Method):
     """Both towers learn from several captions an image, and from whatever else in the batch belongs to it.
 
-    A frozen `reference` CLIP compares images and captions of the whole batch, all ranks together, and pairs above
-    `thresholds` become positives (`functional.positives.mine`): cosines, or with `thresholds_are: extra` the number of
-    positives an image that each condition may add, turned into cosines on the first batch. Captions are compared with
-    captions by `gist`: `captions`, the pseudo-captions, or `caption`, the raw ones, among which the same junk is found
-    under many pictures.
+    `texts` names the captions of an image that enter the loss. A frozen `reference` CLIP compares images and captions
+    of the whole batch, all ranks together, and pairs above `thresholds` become positives (`functional.positives.mine`):
+    cosines, or with `thresholds_are: extra` the number of positives an image that each condition may add, turned into
+    cosines on the first batch. Captions are compared with captions by those named `compare`: among raw ones the same
+    junk is found under many pictures. Without a `reference` the features are read from the shards (`data.features`);
+    without `thresholds` nothing is mined. `same` names a text of which equal strings are known to mean the same
+    thing, as cluster ids do: such samples are positives too.
 
     `objective: sigmoid` is the paper's; `softmax` spreads cross-entropy over the same positives, the control that says
-    what the sigmoid is worth.
+    what the sigmoid is worth. With one text, no thresholds and softmax this is plain contrastive fine-tuning.
 
     Source: FFF (arXiv 2405.10286), sections 3.2 to 3.4. No code was published; where the text leaves a choice, it is a
     key of the yaml.
+    Departs: the offset is fitted on the first batch alone, all ranks joined, and not on several.
     """
 
-    reads = ("caption", "captions")
     bars: Tensor
 
     def __init__(
         self,
         backbone: Backbone,
-        reference: Backbone,
+        reference: Backbone | None,
         objective: str,
-        keep_raw: bool,
-        gist: str,
+        texts: Sequence[str],
+        compare: str,
+        same: str | None,
         thresholds_are: str,
-        thresholds: dict[str, float],
+        thresholds: dict[str, float] | None,
         mean_over: str,
         start_scale: float | None,
         start_bias: float | None,
@@ -58,20 +92,22 @@ class FFF(Method):
         super().__init__(backbone, optimizer, steps, warmup_steps)
         for key, value, choices in (
             ("objective", objective, ("sigmoid", "softmax")),
-            ("gist", gist, ("captions", "caption")),
             ("thresholds_are", thresholds_are, ("cosines", "extra")),
             ("mean_over", mean_over, ("images", "entries")),
         ):
             if value not in choices:
                 raise ValueError(f"method.{key} is {value}: choose {' or '.join(choices)}.")
+        if not texts:
+            raise ValueError("method.texts is empty: name one or more of data.texts, as in method.texts=[captions].")
         if tile < 1:
             raise ValueError(f"method.tile is {tile}: score 1 or more samples at a time.")
-        self.reference = reference.requires_grad_(False)
-        self.objective, self.gist, self.mean_over = objective, gist, mean_over
-        self.names = ("captions", "caption") if keep_raw else ("captions",)
-        self.extra = Thresholds(**thresholds) if thresholds_are == "extra" else None
+        self.reference = reference.requires_grad_(False) if reference and thresholds else None
+        self.objective, self.names, self.compare, self.same = objective, tuple(texts), compare, same
+        self.mines, self.mean_over = thresholds is not None, mean_over
+        self.extra = Thresholds(**thresholds) if thresholds and thresholds_are == "extra" else None
         self.start_bias, self.tile = start_bias, tile
-        self.register_buffer("bars", torch.tensor(Thresholds(**thresholds)))
+        self.register_buffer("bars", torch.tensor(Thresholds(**thresholds) if thresholds else NOTHING))
+        self.reads = tuple(dict.fromkeys(name for name in (*texts, compare if thresholds else None, same) if name))
         backbone.requires_grad_(True)
         if start_scale is not None:
             backbone.logit_scale.data.fill_(start_scale).log_()
@@ -87,8 +123,9 @@ class FFF(Method):
         if self.batches_seen > 0:
             return
         known = self.look(batch)
-        if self.extra is not None:
-            self.bars.copy_(torch.tensor(thresholds_for(known.rows(slice(SAMPLED)), self.extra)))
+        if self.extra is not None and known.frozen is not None:
+            bars = thresholds_for(known.frozen.rows(slice(SAMPLED)), self.extra, among=known.samples)
+            self.bars.copy_(torch.tensor(bars))
         if self.objective == "sigmoid" and self.start_bias is None:
             image, text = self.gather(self.images(self.backbone, batch)), self.gather(self.texts(batch))
             scale = self.backbone.logit_scale.exp()
@@ -115,11 +152,13 @@ class FFF(Method):
             self.note(f"positives/{name}_per_image", float(count) / rows)
         return {self.objective: term}
 
+    # -- what trains --------------------------------------------------------------------------------------------------
+
     def images(self, clip: Backbone, batch: dict[str, Any]) -> Float[Tensor, "b d"]:
         return F.normalize(clip.encode_image(batch["image"]).float(), dim=-1)
 
     def texts(self, batch: dict[str, Any]) -> Float[Tensor, "b k d"]:
-        """The captions of each image, the raw one last if it is kept."""
+        """The captions of each image, in the order of `texts`."""
         return torch.cat(list(self.encode_texts(self.backbone, batch, self.names).values()), dim=1)
 
     def encode_texts(self, clip: Backbone, batch: dict[str, Any], names: Iterable[str]) -> dict[str, Tensor]:
@@ -130,21 +169,83 @@ class FFF(Method):
         parts = features.split([len(several) for several in texts.values()])
         return {name: part.unflatten(0, (len(batch["image"]), -1)) for name, part in zip(texts, parts, strict=True)}
 
+    # -- what belongs together ----------------------------------------------------------------------------------------
+
     @torch.no_grad()
-    def look(self, batch: dict[str, Any]) -> Frozen:
-        """What the reference says of the joined batch."""
+    def look(self, batch: dict[str, Any], joined: bool = True) -> Known:
+        """What is known of the joined batch, or of this rank's part alone, which asks nothing of other ranks."""
+        gather = self.gather if joined else lambda rows: rows
+        frozen = same = None
+        if self.mines:
+            image, texts = self.reference_features(batch)
+            text = torch.cat([texts[name] for name in self.names], dim=1)
+            frozen = Frozen(gather(image), gather(text), gather(texts[self.compare].mean(dim=1)))
+        if self.same is not None:
+            labels = [int.from_bytes(blake2b(text.encode(), digest_size=7).digest()) for text in batch[self.same]]
+            same = gather(torch.tensor(labels, device=self.device))
+        rows = len(batch["image"]) * (self.world_size if joined else 1)
+        return Known(rows, sum(len(batch[name]) for name in self.names) // len(batch["image"]), frozen, same)
+
+    def reference_features(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Images [b, d], and by name of the text [b, several, d]: from the reference, or as the shards have them."""
+        names = dict.fromkeys((*self.names, self.compare))
+        if self.reference is None:
+            if "features" not in batch:
+                raise ValueError(
+                    "method.reference is null, and the batch brings no features: write them by run=annotate "
+                    "annotator=features and set data.features=features.npz, or name a reference."
+                )
+            found, rows = batch["features"], len(batch["image"])
+            return found["image"], {name: found[name].unflatten(0, (rows, -1)) for name in names}
         self.reference.eval()
-        image = self.images(self.reference, batch)
-        texts = self.encode_texts(self.reference, batch, (*self.names, self.gist))
-        text = torch.cat([texts[name] for name in self.names], dim=1)
-        return Frozen(self.gather(image), self.gather(text), self.gather(texts[self.gist].mean(dim=1)))
+        return self.images(self.reference, batch), self.encode_texts(self.reference, batch, names)
 
     def positives(
-        self, queries: Frozen, known: Frozen, first: int, part: slice, counts: Counter[str] | None = None
+        self, queries: Known, known: Known, first: int, part: slice, counts: Counter[str] | None = None
     ) -> Bool[Tensor, "b t k"]:
         """Positives among a part of the known samples, of queries that are known from `first` on; counted by reason."""
-        found: Positives = mine(queries, known.rows(part), Thresholds(*self.bars.tolist()), first - (part.start or 0))
-        if counts is not None:
-            for name in ("by_pair", "by_image", "by_text"):
-                counts[name] += int(getattr(found, name).sum())
-        return found.any()
+        known, first = known.rows(part), first - (part.start or 0)
+        own = itself(queries.samples, known.samples, first, self.bars.device)
+        found = own[..., None].expand(-1, -1, known.captions)
+        if queries.same is not None and known.same is not None:
+            same = (queries.same[:, None] == known.same) & ~own
+            found = found | same[..., None]
+            if counts is not None:
+                counts["by_label"] += int(same.sum()) * known.captions
+        if queries.frozen is not None and known.frozen is not None:
+            mined: Positives = mine(queries.frozen, known.frozen, Thresholds(*self.bars.tolist()), first)
+            found = found | mined.any()
+            if counts is not None:
+                for name in ("by_pair", "by_image", "by_text"):
+                    counts[name] += int(getattr(mined, name).sum())
+        return found
+
+    @torch.no_grad()
+    def promoted(self, batch: dict[str, Any]) -> list[Promotion]:
+        """The pairs mined within this rank's part of the batch, for a person to judge the thresholds by."""
+        frozen = self.look(batch, joined=False).frozen
+        if frozen is None:
+            return []
+        found = mine(frozen, frozen, Thresholds(*self.bars.tolist()), first_row=0)
+        captions = list(zip(*(several(batch, name) for name in self.names), strict=True))
+        promotions = []
+        for i, j, c in (found.any() & ~found.own).nonzero().tolist():
+            reasons = {"image_text": found.by_pair, "image_image": found.by_image, "text_text": found.by_text}
+            promotions.append(
+                Promotion(
+                    image=i,
+                    sample=j,
+                    caption=[text for texts in captions[j] for text in texts][c],
+                    image_text=float(frozen.image[i] @ frozen.text[j, c]),
+                    image_image=float(frozen.image[i] @ frozen.image[j]),
+                    text_text=float(frozen.gist[i] @ frozen.gist[j]),
+                    reasons=tuple(name for name, mask in reasons.items() if mask[i, j, c]),
+                )
+            )
+        return promotions
+
+
+def several(batch: dict[str, Any], name: str) -> list[list[str]]:
+    """The texts of that name, by sample."""
+    each = len(batch[name]) // len(batch["image"])
+    return [batch[name][start : start + each] for start in range(0, len(batch[name]), each)]

@@ -22,8 +22,8 @@ from typing import Any, Literal
 from rich.progress import track
 
 from clipfix.scenes.drawing import draw
-from clipfix.scenes.words import captions, pairs, plain_summary
-from clipfix.scenes.world import PATTERNS, WORLD, Scene, drawn_anew, factors, look_alike, sample
+from clipfix.scenes.words import captions, pairs, plain_summary, things_in
+from clipfix.scenes.world import PATTERNS, WORLD, Scene, drawn_anew, factors, look_alike, sample, sample_jitter
 
 Split = Literal["train", "selection", "test"]
 Kind = Literal["scenes", "pairs", "summaries"]  # as they come; look-alike pairs; groups that share one summary
@@ -44,6 +44,9 @@ class Job:
     index: int
     size: int
     seed: int
+    junk: float
+    wrong: float
+    popular: int = 0  # train scenes that half of the shard shows
 
     @property
     def name(self) -> str:
@@ -52,9 +55,14 @@ class Job:
 
 def prepare(
     root: str | Path, seed: int, train: int, selection: int, test: int,
-    pairs_train: int, pairs_selection: int, pairs_test: int, summaries_test: int, processes: int = 2,
+    pairs_train: int, pairs_selection: int, pairs_test: int, summaries_test: int,
+    junk: float, wrong: float, train_junk: float, train_wrong: float, popular: int, processes: int = 2,
 ) -> Path:  # fmt: skip
     """The folder of shards, drawn now if it is not there; sizes are scenes, pairs per MMVP pattern, and summaries.
+
+    `junk` and `wrong` are the shares of short captions that say nothing, or err in one thing; train scenes have their
+    own. With `popular`, half of the train scenes are from a pool of so many, drawn again and captioned anew each time:
+    what the web has many pictures of, and what makes false negatives of a batch.
 
     Several processes may call it at once: each draws into a folder of its own, and the first to finish is kept.
     """
@@ -64,19 +72,30 @@ def prepare(
     info = {
         "world": WORLD, "seed": seed, "train": train, "selection": selection, "test": test,
         "pairs_train": pairs_train, "pairs_selection": pairs_selection, "pairs_test": pairs_test,
-        "summaries_test": summaries_test,
+        "summaries_test": summaries_test, "junk": junk, "wrong": wrong, "train_junk": train_junk,
+        "train_wrong": train_wrong, "popular": popular,
     }  # fmt: skip
     if root.is_dir() and any(root.iterdir()):
         return _verified(root, info)
-    jobs = [
-        Job("scenes", "train", i, min(SHARD, train - start), seed) for i, start in enumerate(range(0, train, SHARD))
-    ]
-    jobs += [Job("scenes", "selection", 0, selection, seed), Job("scenes", "test", 0, test, seed)]
     rounds = SHARD // (2 * len(PATTERNS))  # a round is one pair of each pattern
-    starts = range(0, pairs_train, rounds)
-    jobs += [Job("pairs", "train", i, min(rounds, pairs_train - start), seed) for i, start in enumerate(starts)]
-    jobs += [Job("pairs", "selection", 0, pairs_selection, seed), Job("pairs", "test", 0, pairs_test, seed)]
-    jobs += [Job("summaries", "test", 0, summaries_test, seed)]
+    plan: list[tuple[Kind, Split, int, int]] = [
+        *(("scenes", "train", i, min(SHARD, train - start)) for i, start in enumerate(range(0, train, SHARD))),
+        ("scenes", "selection", 0, selection),
+        ("scenes", "test", 0, test),
+        *(
+            ("pairs", "train", i, min(rounds, pairs_train - start))
+            for i, start in enumerate(range(0, pairs_train, rounds))
+        ),
+        ("pairs", "selection", 0, pairs_selection),
+        ("pairs", "test", 0, pairs_test),
+        ("summaries", "test", 0, summaries_test),
+    ]
+    jobs = [
+        Job(kind, split, index, size, seed, train_junk, train_wrong, popular)
+        if (kind, split) == ("scenes", "train")
+        else Job(kind, split, index, size, seed, junk, wrong)
+        for kind, split, index, size in plan
+    ]
     root.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
     try:
@@ -111,10 +130,11 @@ def write(folder: Path, job: Job) -> None:
     with tarfile.open(folder / f"{job.name}.tar", "w") as tar:
         for index, (scene, extra) in enumerate(contents(job)):
             key = f"{job.name}-{index:04d}"
-            texts = captions(scene, Random(f"{job.seed}/{key}"), extra.get("summary"))
+            texts = captions(scene, Random(f"{job.seed}/{key}"), extra.get("summary"), job.junk, job.wrong)
             record = {
                 "caption": texts["short"], "long": texts["long"], "captions": texts["captions"],
-                "scene": scene.to_dict(), "factors": factors(scene), **extra,
+                "scene": scene.to_dict(), "factors": factors(scene),
+                "same_scene": _truth(scene).hex(), "same_things": things_in(scene), **extra,
             }  # fmt: skip
             picture = io.BytesIO()
             draw(scene).save(picture, "png")
@@ -138,6 +158,12 @@ def contents(job: Job) -> Iterator[tuple[Scene, dict[str, Any]]]:
         for _ in range(job.size):
             for scene in _sharers(rng, job.split):
                 yield scene, {"summary": plain_summary(scene)}
+    elif job.popular:
+        pool = Random(f"{job.seed}/popular")
+        scenes = [_of_split(pool, job.split) for _ in range(job.popular)]
+        for _ in range(job.size):
+            scene = _again(rng.choice(scenes), rng) if rng.random() < 0.5 else _of_split(rng, job.split)
+            yield scene, {}
     elif job.split == "train":
         for number in range(job.size // SERIES):
             for scene in series(rng):
@@ -149,6 +175,18 @@ def contents(job: Job) -> Iterator[tuple[Scene, dict[str, Any]]]:
             if split_of(scene) == job.split and _truth(scene) not in seen:
                 seen.add(_truth(scene))
                 yield scene, {}
+
+
+def _of_split(rng: Random, split: Split) -> Scene:
+    while True:
+        scene = sample(rng)
+        if split_of(scene) == split:
+            return scene
+
+
+def _again(scene: Scene, rng: Random) -> Scene:
+    """The same ground truth in another picture."""
+    return replace(scene, jitter=sample_jitter(len(scene.things), rng))
 
 
 def _own_pair(rng: Random, pattern: str, split: Split) -> tuple[Scene, str, Scene, str]:
@@ -171,9 +209,7 @@ def _sharers(rng: Random, split: Split) -> list[Scene]:
 def series(rng: Random) -> list[Scene]:
     """A train scene and three looks at it, each changed after another pattern: hard negatives, when read in order."""
     while True:
-        base = sample(rng)
-        if split_of(base) != "train":
-            continue
+        base = _of_split(rng, "train")
         looks = [base]
         for pattern in rng.sample(sorted(PATTERNS), len(PATTERNS)):
             look = look_alike(base, pattern, rng)

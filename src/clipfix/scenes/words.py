@@ -60,10 +60,13 @@ class Captions(TypedDict):
     captions: list[str]
 
 
-def captions(scene: Scene, rng: Random, summary: str | None = None) -> Captions:
-    """Every text of one scene. Only the short one may be junk or wrong; the long one opens with `summary` if given."""
+def captions(scene: Scene, rng: Random, summary: str | None, junk: float, wrong: float) -> Captions:
+    """Every text of one scene; the long one opens with `summary` if given.
+
+    Only the short one may be junk, or wrong about one thing: in these shares of the scenes.
+    """
     return {
-        "short": _short(scene, rng),
+        "short": _short(scene, rng, junk, wrong),
         "long": _long(scene, rng, summary or _summary(scene, rng)),
         "captions": [_caption(scene, rng) for _ in range(5)],
     }
@@ -150,22 +153,22 @@ def _join(parts: list[str]) -> str:
     return " and ".join(parts) if len(parts) < 3 else f"{', '.join(parts[:-1])}, and {parts[-1]}"
 
 
-def _short(scene: Scene, rng: Random) -> str:
+def _short(scene: Scene, rng: Random, junk: float, wrong: float) -> str:
     """As the web captions pictures: it names things, half with a colour, 5 % with a detail, and errs at times.
 
     Why so few details: they would be a reason to look for more. With one in five the tiny CLIP saw hats and windows.
     """
-    if rng.random() < 0.08:
+    if rng.random() < junk:
         return rng.choice(JUNK).format(rng.randint(1, 9999))
-    wrong = rng.randrange(len(scene.things)) if rng.random() < 0.05 else None
+    mistaken = rng.randrange(len(scene.things)) if rng.random() < wrong else None
     parts = []
     for index, thing in enumerate(scene.things):
         details = {"colour"} if rng.random() < 0.5 else set()
         if rng.random() < 0.05:
             details.add(rng.choice([*carried(thing), "count"]))
-        if index == wrong and "colour" in details:
+        if index == mistaken and "colour" in details:
             thing = replace(thing, colour=rng.choice([c for c in COLOURS if c != thing.colour]))
-        elif index == wrong:
+        elif index == mistaken:
             thing = Thing(rng.choice([k for k in KINDS if k != thing.kind]), thing.colour, thing.size, thing.place)
         text = phrase(thing, details)
         if thing.count > 1 and "count" not in details:
@@ -207,6 +210,11 @@ def _summary(scene: Scene, rng: Random) -> str:
 def plain_summary(scene: Scene) -> str:
     """The sentence that says of everything its kind, number and colour, and nothing more."""
     return f"A picture of {_join([phrase(thing, {'colour'}) for thing in scene.things])}."
+
+
+def things_in(scene: Scene) -> str:
+    """Kind, number and colour of everything, in one order: what two pictures share that a web caption would say."""
+    return ", ".join(sorted(phrase(thing, {"colour"}) for thing in scene.things))
 
 
 def _long(scene: Scene, rng: Random, summary: str) -> str:

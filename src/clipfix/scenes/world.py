@@ -109,7 +109,11 @@ def _compose(kinds: Iterable[str], rng: Random, count: int = 1) -> Scene:
         )
         for kind, place in zip(kinds, places, strict=True)
     )
-    return Scene(things, rng.choice(BACKGROUNDS), tuple((rng.randint(-1, 1), rng.randint(-1, 1)) for _ in things))
+    return Scene(things, rng.choice(BACKGROUNDS), sample_jitter(len(things), rng))
+
+
+def sample_jitter(things: int, rng: Random) -> tuple[tuple[int, int], ...]:
+    return tuple((rng.randint(-1, 1), rng.randint(-1, 1)) for _ in range(things))
 
 
 def drawn_anew(scene: Scene, rng: Random) -> Scene:
