@@ -105,7 +105,7 @@ def test_many_positives_are_a_double_loop_and_ranks_sum_to_the_joined_batch():
     scale, bias = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (6.0, -4.0))
     mask = loop(reference, LOOSE)
     expected = sum(
-        math.log1p(math.exp(-(1 if mask[i, j, c] else -1) * (6.0 * float(image[i] @ text[j, c]) - 4.0)))
+        math.log1p(math.exp(-(1 if mask[i, j, c] else -1) * (6.0 * (image[i] @ text[j, c]).item() - 4.0)))
         for i in range(8) for j in range(8) for c in range(3)
     )  # fmt: skip
 

@@ -59,11 +59,11 @@ def mine(queries: Frozen, samples: Frozen, thresholds: Thresholds, first_row: in
     Source: FFF (arXiv 2405.10286), section 3.2. There is no public code; the nesting is read from the text.
     """
     pair = torch.einsum("bd,nkd->bnk", queries.image, samples.text)
-    likely = pair > thresholds.supported
-    images = (queries.image @ samples.image.T > thresholds.image_image)[..., None]
-    texts = (queries.gist @ samples.gist.T > thresholds.text_text)[..., None]
-    own = itself(len(queries.image), len(samples.image), first_row, pair.device)[..., None].expand_as(pair)
-    return Positives(own, (pair > thresholds.image_text) & ~own, likely & images & ~own, likely & texts & ~own)
+    own = itself(len(queries.image), len(samples.image), first_row, pair.device)[..., None]
+    images = (queries.image @ samples.image.T > thresholds.image_image)[..., None] & ~own
+    texts = (queries.gist @ samples.gist.T > thresholds.text_text)[..., None] & ~own
+    by_pair, likely = (pair > thresholds.image_text).logical_and_(~own), pair > thresholds.supported
+    return Positives(own.expand_as(pair), by_pair, likely & images, likely & texts)
 
 
 def thresholds_for(reference: Frozen, extra: Thresholds, among: int) -> Thresholds:

@@ -63,24 +63,24 @@ class TiledSigmoid(torch.autograd.Function):
         # Mixed precision stops here: at large scales bf16 logits lie half a unit apart.
         with torch.autocast(image.device.type, enabled=False):
             features, total = image.detach(), torch.zeros((), dtype=torch.float64, device=image.device)
-            to_image, to_text = torch.zeros_like(features), torch.zeros_like(text)
-            to_scale, to_bias = torch.zeros_like(total), torch.zeros_like(total)
+            to_image, to_text, to_bias = torch.zeros_like(features), torch.zeros_like(text), torch.zeros_like(total)
             for start in range(0, len(text), tile):
                 part = slice(start, start + tile)
                 columns = text[part].detach().flatten(0, 1)
-                cosines = features @ columns.T
-                sign = positives(part).flatten(1).to(cosines.dtype).mul_(2).sub_(1)
-                margin = (scale * cosines + bias).mul_(sign)
-                total += F.softplus(-margin).sum(dtype=torch.float64)
-                slope = torch.sigmoid(-margin).mul_(sign).neg_()  # of this entry's loss in its logit
-                to_scale += (slope * cosines).sum(dtype=torch.float64)
-                to_bias += slope.sum(dtype=torch.float64)
-                slope *= scale
-                if ctx.needs_input_grad[0]:
-                    to_image += slope @ columns
+                sign = positives(part).flatten(1).to(features.dtype).mul_(-2).add_(1)  # of the logit in the loss
+                # One matrix turns from cosines into logits, then into the slope of each entry's loss in its logit.
+                entries = (features @ columns.T).mul_(scale).add_(bias).mul_(sign)
+                total += F.softplus(entries).sum(dim=1).sum(dtype=torch.float64)  # a sum in float64 copies its input
+                entries.sigmoid_().mul_(sign)
+                to_bias += entries.sum(dim=1).sum(dtype=torch.float64)
+                if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
+                    to_image.addmm_(entries, columns)
                 if ctx.needs_input_grad[1]:
-                    to_text[part] = (slope.T @ features).view_as(text[part])
-        ctx.save_for_backward(to_image, to_text, to_scale.to(scale.dtype), to_bias.to(bias.dtype))
+                    to_text[part] = (entries.T @ features).view_as(text[part])
+                del sign, entries  # else they are held while the next tile is mined
+            to_scale = (to_image * features).sum(dtype=torch.float64)  # the cosines, each times its slope
+        gradients = (to_image.mul_(scale), to_text.mul_(scale), to_scale.to(scale.dtype), to_bias.to(bias.dtype))
+        ctx.save_for_backward(*gradients)
         return total.to(image.dtype)
 
     @staticmethod

@@ -18,7 +18,7 @@ from clipfix.functional.sigmoid import best_bias, sigmoid_loss
 from clipfix.methods.base import Method
 
 SAMPLED = 2048  # samples of the first batch from which counts become cosines
-NOTHING = (float("inf"),) * 4  # thresholds that no cosine passes
+NOTHING = Thresholds(*[float("inf")] * 4)  # no cosine passes
 
 
 class Known(NamedTuple):
@@ -104,9 +104,10 @@ class FFF(Method):
         self.reference = reference.requires_grad_(False) if reference and thresholds else None
         self.objective, self.names, self.compare, self.same = objective, tuple(texts), compare, same
         self.mines, self.mean_over = thresholds is not None, mean_over
-        self.extra = Thresholds(**thresholds) if thresholds and thresholds_are == "extra" else None
+        bars = Thresholds(**{name: float(bar) for name, bar in thresholds.items()}) if thresholds else NOTHING
+        self.extra = bars if thresholds_are == "extra" and thresholds else None
         self.start_bias, self.tile = start_bias, tile
-        self.register_buffer("bars", torch.tensor(Thresholds(**thresholds) if thresholds else NOTHING))
+        self.register_buffer("bars", torch.tensor(bars))
         self.reads = tuple(dict.fromkeys(name for name in (*texts, compare if thresholds else None, same) if name))
         backbone.requires_grad_(True)
         if start_scale is not None:
@@ -211,38 +212,40 @@ class FFF(Method):
             same = (queries.same[:, None] == known.same) & ~own
             found = found | same[..., None]
             if counts is not None:
-                counts["by_label"] += int(same.sum()) * known.captions
+                counts["by_label"] += int(same.count_nonzero()) * known.captions
         if queries.frozen is not None and known.frozen is not None:
             mined: Positives = mine(queries.frozen, known.frozen, Thresholds(*self.bars.tolist()), first)
             found = found | mined.any()
             if counts is not None:
                 for name in ("by_pair", "by_image", "by_text"):
-                    counts[name] += int(getattr(mined, name).sum())
+                    counts[name] += int(getattr(mined, name).count_nonzero())
         return found
 
     @torch.no_grad()
-    def promoted(self, batch: dict[str, Any]) -> list[Promotion]:
-        """The pairs mined within this rank's part of the batch, for a person to judge the thresholds by."""
+    def promoted(self, batch: dict[str, Any], at_most: int) -> list[Promotion]:
+        """Pairs mined within this rank's part of the batch, a random choice of them where there are more."""
         frozen = self.look(batch, joined=False).frozen
         if frozen is None:
             return []
+        frozen = Frozen(*(part.cpu() for part in frozen))
         found = mine(frozen, frozen, Thresholds(*self.bars.tolist()), first_row=0)
-        captions = list(zip(*(several(batch, name) for name in self.names), strict=True))
-        promotions = []
-        for i, j, c in (found.any() & ~found.own).nonzero().tolist():
-            reasons = {"image_text": found.by_pair, "image_image": found.by_image, "text_text": found.by_text}
-            promotions.append(
-                Promotion(
-                    image=i,
-                    sample=j,
-                    caption=[text for texts in captions[j] for text in texts][c],
-                    image_text=float(frozen.image[i] @ frozen.text[j, c]),
-                    image_image=float(frozen.image[i] @ frozen.image[j]),
-                    text_text=float(frozen.gist[i] @ frozen.gist[j]),
-                    reasons=tuple(name for name, mask in reasons.items() if mask[i, j, c]),
-                )
+        entries = (found.any() & ~found.own).nonzero()
+        chosen = torch.randperm(len(entries), generator=torch.Generator().manual_seed(0))[:at_most].sort().values
+        by_name = zip(*(several(batch, name) for name in self.names), strict=True)
+        captions = [[text for texts in sample for text in texts] for sample in by_name]
+        reasons = {"image_text": found.by_pair, "image_image": found.by_image, "text_text": found.by_text}
+        return [
+            Promotion(
+                image=i,
+                sample=j,
+                caption=captions[j][c],
+                image_text=(frozen.image[i] @ frozen.text[j, c]).item(),
+                image_image=(frozen.image[i] @ frozen.image[j]).item(),
+                text_text=(frozen.gist[i] @ frozen.gist[j]).item(),
+                reasons=tuple(name for name, mask in reasons.items() if mask[i, j, c]),
             )
-        return promotions
+            for i, j, c in entries[chosen].tolist()
+        ]
 
 
 def several(batch: dict[str, Any], name: str) -> list[list[str]]:

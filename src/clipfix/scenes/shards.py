@@ -115,7 +115,7 @@ def prepare(
     return root
 
 
-def _verified(root: Path, info: dict[str, int]) -> Path:
+def _verified(root: Path, info: dict[str, float]) -> Path:
     try:
         found = json.loads((root / "info.json").read_text())
     except FileNotFoundError:

@@ -1,0 +1,213 @@
+"""FFF's sigmoid loss with mined positives, forward and backward: tile by tile against the whole N x kN matrix.
+
+    python benchmarks/fff.py mined                          # N = 2048, 4096, 8192; on a CPU the dense one takes 6 GB
+    python benchmarks/fff.py mined --samples 8192 --tiles 128 256 512 1024
+    python benchmarks/fff.py own                            # on a GPU, N = 32768: against the siglip-kernel package
+
+Numbers that were measured are in RESULTS.md. Peaks are what the loss adds to features that are already there: the
+resident set of a process that does nothing else, or the GPU's own count.
+"""
+
+import argparse
+import importlib.util
+import multiprocessing
+import os
+import resource
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from clipfix.functional.positives import Frozen, Thresholds, mine
+from clipfix.functional.sigmoid import sigmoid_loss
+
+GB = 2**30
+BARS = Thresholds(image_text=0.27, supported=0.24, image_image=0.92, text_text=0.99)  # the paper's
+
+
+def features(samples: int, captions: int, dim: int, device: str) -> tuple[Frozen, tuple[Tensor, ...]]:
+    """What the reference says, and what is trained: image, text, scale, bias.
+
+    Of four samples the first two are nearly the same picture, the last two say the same under pictures that are
+    somewhat alike. Captions have a cosine of 0.27 +- 0.04 to their picture, so that each condition finds something.
+    In place throughout: a peak of its own would hide the one that is measured.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+
+    def unit(*shape: int) -> Tensor:
+        drawn = torch.randn(*shape, dim, generator=generator, device=device)
+        return drawn.div_(drawn.norm(dim=-1, keepdim=True))
+
+    shared = unit(samples // 4, 2, 1)
+    image = unit(samples // 4, 2, 2).mul_(torch.tensor([0.2, 0.5], device=device)[:, None, None]).add_(shared)
+    image = image.div_(image.norm(dim=-1, keepdim=True)).flatten(0, 2)
+    text = unit(samples // 4, 2, 2, captions)
+    text[:, 1] = text[:, 1, :1, :1].clone()  # the same caption, before each turns to its picture
+    text[:, 0].mul_(0.96).add_(image.view(-1, 2, 2, 1, dim)[:, 0], alpha=0.27)
+    text[:, 1].mul_(0.96).add_(shared[:, 1, :, None], alpha=0.3)
+    text = text.div_(text.norm(dim=-1, keepdim=True)).flatten(0, 2)
+    known = Frozen(image, text, text.mean(dim=1))
+    trained = []
+    for reference in (image, text):
+        moved = unit(*reference.shape[:-1]).mul_(0.3).add_(reference)
+        trained.append(moved.div_(moved.norm(dim=-1, keepdim=True)).requires_grad_())
+    scale, bias = (torch.tensor(value, device=device, requires_grad=True) for value in (100.0, -20.0))
+    return known, (*trained, scale, bias)
+
+
+def mined_dense(known: Frozen) -> Tensor:
+    pair = torch.einsum("id,jkd->ijk", known.image, known.text)
+    alike = (known.image @ known.image.T > BARS.image_image) | (known.gist @ known.gist.T > BARS.text_text)
+    own = torch.eye(len(pair), dtype=torch.bool, device=pair.device)
+    return own[..., None] | (pair > BARS.image_text) | ((pair > BARS.supported) & alike[..., None])
+
+
+def dense(known: Frozen, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """As one writes it first."""
+    with torch.no_grad():
+        sign = torch.where(mined_dense(known), -1.0, 1.0).flatten(1)
+    logits = scale * image @ text.flatten(0, 1).T + bias
+    return F.softplus(sign * logits).sum()
+
+
+def tiled(tile: int, counts: Counter[str], known: Frozen, image: Tensor, text: Tensor, *affine: Tensor) -> Tensor:
+    """As FFF does, counts included."""
+
+    def positives(part: slice) -> Tensor:
+        found = mine(known, known.rows(part), BARS, first_row=-part.start)
+        for name in ("by_pair", "by_image", "by_text"):
+            counts[name] += int(getattr(found, name).count_nonzero())
+        return found.any()
+
+    return sigmoid_loss(image, text, *affine, positives, tile)
+
+
+def tiled_own(tile: int, known: Frozen, image: Tensor, text: Tensor, *affine: Tensor) -> Tensor:
+    rows = torch.arange(len(image), device=image.device)
+    own = lambda part: (rows[:, None] == rows[part])[..., None].expand(-1, -1, text.shape[1])  # noqa: E731
+    return sigmoid_loss(image, text, *affine, own, tile)
+
+
+def fused_own(known: Frozen, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """siglip-kernel weighs the positives of a row by 1 / their number: with captions as rows that is one."""
+    from siglip_kernel import fused_siglip_plus_loss
+
+    samples, captions = text.shape[:2]
+    group = torch.arange(samples, device=text.device)
+    columns = (text.flatten(0, 1), image, scale.log(), bias, group.repeat_interleave(captions), group)
+    return fused_siglip_plus_loss(*columns, symmetric=False, num_groups=samples) * (samples**2 * captions)
+
+
+def measure(kind: str, samples: int, captions: int, dim: int, tile: int, repeats: int, kept: str) -> dict[str, Any]:
+    """Forward and backward: least seconds, GB above the features, positives an image; values go to the file `kept`."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    counts: Counter[str] = Counter()
+    losses: dict[str, Callable[..., Tensor]] = {
+        "dense": dense,
+        "tiled": partial(tiled, tile, counts),
+        "tiled_own": partial(tiled_own, tile),
+        "fused_own": fused_own,
+    }
+
+    def step(known: Frozen, trained: tuple[Tensor, ...]) -> Tensor:
+        loss = losses[kind](known, *trained)
+        loss.backward()
+        loss.item()  # waits for the device
+        return loss
+
+    warm = 64 if device == "cpu" else samples  # kernels are chosen by shape, and compiled
+    step(*features(warm, captions, dim, device))
+    known, trained = features(samples, captions, dim, device)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    clock = time.perf_counter if device == "cuda" else time.process_time  # of all threads, whoever else is at work
+    seconds = []
+    for _ in range(repeats):
+        counts.clear()
+        for tensor in trained:
+            tensor.grad = None
+        start = clock()
+        loss = step(known, trained)
+        seconds.append(clock() - start)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device == "cuda":
+        after = torch.cuda.max_memory_allocated()
+    torch.save([loss.detach().cpu(), *(tensor.grad.cpu() for tensor in trained)], kept)
+    positives = {name: count / samples for name, count in counts.items()}
+    return {"gb": (after - before) / GB, "seconds": min(seconds), "positives": positives}
+
+
+def differences(one: str, other: str) -> list[float]:
+    """The largest difference of the loss and of each gradient, over the largest value."""
+    pairs = zip(torch.load(one), torch.load(other), strict=True)
+    return [float((a.double() - b.double()).abs().max() / a.double().abs().max()) for a, b in pairs]
+
+
+def alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """In a process of its own: a peak, once reached, hides all that come after it."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def compare(
+    plain: str, ours: str, sizes: list[int], captions: int, dim: int, tiles: list[int], repeats: int, most: int
+) -> None:
+    device = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU seconds, {torch.get_num_threads()} threads"
+    )
+    table = Table(title=f"{ours} against {plain}, {captions} captions, dim {dim}, fp32, {device}; {plain} / ours")
+    for column in f"N,tile,{plain} GB,ours GB,ratio,{plain} s,ours s,ratio,loss,gradients".split(","):
+        table.add_column(column, justify="right")
+    console, found = Console(width=140), {}
+    with tempfile.TemporaryDirectory() as folder:
+        one, other = (str(Path(folder) / name) for name in (plain, ours))
+        for samples in sizes:
+            whole = None
+            if samples <= most:
+                whole = alone(measure, plain, samples, captions, dim, 0, repeats, one)
+            for tile in tiles:
+                part = alone(measure, ours, samples, captions, dim, tile, repeats, other)
+                found |= part["positives"]
+                cells = {key: ["", f"{part[key]:.2f}", ""] for key in ("gb", "seconds")}
+                apart = ["", ""]
+                if whole is not None:
+                    for key, row in cells.items():
+                        row[0], row[2] = f"{whole[key]:.2f}", f"{whole[key] / part[key]:.1f}"
+                    loss, *gradients = alone(differences, one, other)
+                    apart = [f"{loss:.0e}", f"{max(gradients):.0e}"]
+                table.add_row(str(samples), str(tile), *cells["gb"], *cells["seconds"], *apart)
+    console.print(table)
+    for name, count in found.items():
+        console.print(f"{name}: {count:.2f} positives an image beyond its own {captions}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for verb, sizes in (("mined", [2048, 4096, 8192]), ("own", [32768])):
+        options = verbs.add_parser(verb)
+        options.add_argument("--samples", type=int, nargs="+", default=sizes, help="N, multiples of 4")
+        options.add_argument("--captions", type=int, default=5)
+        options.add_argument("--dim", type=int, default=512)
+        options.add_argument("--tiles", type=int, nargs="+", default=[256])
+        options.add_argument("--repeats", type=int, default=1, help="the least time counts")
+        options.add_argument("--most", type=int, default=sizes[-1], help="the largest N of the other one")
+    asked = parser.parse_args()
+    if asked.verb == "own" and not (torch.cuda.is_available() and importlib.util.find_spec("siglip_kernel")):
+        raise SystemExit("`own` needs a GPU and the siglip-kernel package: pip install siglip-kernel")
+    # Else glibc keeps freed pieces for itself, and the resident set grows with the number of tiles.
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    kinds = ("dense", "tiled") if asked.verb == "mined" else ("fused_own", "tiled_own")
+    compare(*kinds, asked.samples, asked.captions, asked.dim, asked.tiles, asked.repeats, asked.most)
