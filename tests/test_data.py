@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import io
 import itertools
 import logging
 import pickle
@@ -255,6 +256,90 @@ def test_other_sentences_are_drawn_anew_in_every_pass(tmp_path: Path) -> None:
     assert here != captions(1)
     assert all(here[0, key] != here[1, key] for key in "0123")
     assert len({here[0, key] for key in "0123"}) > 1
+
+
+# ----------------------------------------------------------------------------------------------------- stored features
+
+
+def stored(number: int, strings: list[str]) -> bytes:
+    """A member whose rows tell the sample and the place of the text: [number, place]."""
+    text = np.array([[number, place] for place in range(len(strings))], np.float16)
+    np.savez(buffer := io.BytesIO(), image=np.array([number, 0.5], np.float16), text=text, strings=np.array(strings))
+    return buffer.getvalue()
+
+
+FEATURED = {
+    "caption": {"key": "txt", "pick": "one"},
+    "captions": {"key": "captions", "pick": "random", "k": 3},
+    "short": {"key": "long", "pick": "first_sentence"},
+    "other": {"key": "long", "pick": "other_sentences"},
+}
+
+
+def featured(folder: Path) -> None:
+    """Samples 1 to 4; 0 has no features, 5 lacks those of one caption, 6 is damaged."""
+    members = {}
+    for number in range(7):
+        captions = [f"caption {place}" for place in range(number % 2 + 2)]
+        members[str(number)] = {
+            "png": encoded(picture(number)),
+            "txt": f" raw {number}\n",
+            "json": {"captions": captions, "long": "A. B. C."},
+            "features.npz": stored(number, [f"raw {number}", *captions[: -1 if number == 5 else None]]),
+        }
+    members["0"].pop("features.npz")
+    members["6"]["features.npz"] = members["6"]["features.npz"][:-30]
+    pack(folder / "0.tar", members)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_features_are_those_of_the_texts_that_were_drawn(workers: int, tmp_path: Path) -> None:
+    featured(tmp_path)
+    arguments: Any = {"texts": FEATURED, "batch_size": 4, "shuffle": 0, "workers": workers}
+    loader = shard_data(str(tmp_path), features="features.npz", **arguments).train_dataloader()
+    first, second = itertools.islice(loader, 2)
+    for batch in (first, second):
+        assert batch["key"] == ["1", "2", "3", "4"]
+        assert batch["features"].keys() == {"image", "caption", "captions"}
+        assert all(part.dtype == torch.float32 for part in batch["features"].values())
+        assert batch["features"]["image"].tolist() == [[number, 0.5] for number in range(1, 5)]
+        assert batch["features"]["caption"].tolist() == [[number, 0] for number in range(1, 5)]
+        expected = [[1 + place // 3, 1 + int(text.split()[1])] for place, text in enumerate(batch["captions"])]
+        assert batch["features"]["captions"].tolist() == expected
+    assert (first["skipped"], second["skipped"]) == (1, 3)
+    assert first["captions"] != second["captions"]
+
+
+def test_features_change_no_draw_and_are_not_read_for_selection(tmp_path: Path) -> None:
+    featured(tmp_path)
+    arguments: Any = {"texts": FEATURED, "batch_size": 1, "shuffle": 8, "selection": str(tmp_path)}
+    with_them, without = (shard_data(str(tmp_path), features=name, **arguments) for name in ("features.npz", None))
+    found = {(b["position"][1], b["key"][0]): b for b in itertools.islice(with_them.train_dataloader(), 12)}
+    for batch in itertools.islice(without.train_dataloader(), 21):
+        assert "features" not in batch
+        if other := found.pop((batch["position"][1], batch["key"][0]), None):
+            assert all(batch[name] == other[name] for name in FEATURED)
+    assert not found
+    (keys, *_) = zip(*((batch["key"][0], "features" in batch) for batch in with_them.val_dataloader()), strict=True)
+    assert keys == tuple("0123456")
+
+
+@pytest.mark.parametrize(
+    ("texts", "features", "message"),
+    [
+        (
+            {"long": {"key": "long", "pick": "one"}},
+            "features.npz",
+            r"nothing of the long 'A\. B\. C\.': .*annotator\.keys",
+        ),
+        (CAPTION, "latents.npz", r"no latents\.npz: make it by run=annotate annotator=features"),
+    ],
+)
+def test_features_that_no_sample_has_stop_the_run(texts: Any, features: str, message: str, tmp_path: Path) -> None:
+    members = {"png": encoded(picture(1)), "txt": "raw", "json": {"long": "A. B. C."}}
+    pack(tmp_path / "0.tar", {"1": members | {"features.npz": stored(1, ["raw"])}})
+    with pytest.raises(ValueError, match=f"no usable sample .*{message}"):
+        next(iter(shard_data(str(tmp_path), texts=texts, features=features).train_dataloader()))
 
 
 # ------------------------------------------------------------------------------------------------------ broken samples

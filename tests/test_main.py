@@ -163,6 +163,7 @@ def test_photographs_packed_by_img2dataset(picture, choices, clipfix, tmp_path, 
         (["backbone.pretrained=nowhere.pt"], ["nowhere.pt"]),
         (["data=shards", "data.train=nowhere/*.tar", "eval=none"], ["longclip reads data.texts.long", "key: long"]),
         (["method=finetune", "method.train=[vision]"], ["visual, text, logit_scale"]),
+        (["method=fff", "method.reference=null"], ["method.reference is null", "data.features=features.npz"]),
         (["method=finetune", "data=shards", "data.train=nowhere/*.tar", "eval=none"], ["nowhere"]),
     ],
 )
@@ -180,6 +181,20 @@ def test_every_pair_of_method_and_backbone_composes(method, backbone, clipfix):
     generator = "tiny/diffusion" if backbone == "tiny" else "stable-diffusion-2-1-base"
     assert generator in config["diffusion"]["path"]
     assert config["data"]["train"] == ("???" if backbone != "tiny" else config["data"]["train"])
+
+
+@pytest.mark.parametrize("size", ["b32", "b16"])
+def test_the_papers_fff_trains_from_nothing_and_mines_by_another_model(size, clipfix):
+    arguments = [f"experiment=fff-vit-{size}", "data.train=x", "eval.shards=y", "--cfg", "job"]
+    config = yaml.safe_load(clipfix(*arguments)[1])
+    assert config["backbone"]["pretrained"] == "random"
+    assert size[1:] in config["backbone"]["name"]
+    assert (config["method"]["reference"]["name"], config["method"]["reference"]["pretrained"]) == (
+        "ViT-B-16-quickgelu",
+        "openai",
+    )
+    assert config["data"]["texts"]["captions"] == {"key": "captions", "pick": "all", "k": 5}
+    assert config["method"]["thresholds"]["image_image"] == 0.92
 
 
 def test_recipes_of_the_drawn_world_stay_in_it(clipfix):

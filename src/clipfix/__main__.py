@@ -16,7 +16,7 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, OmegaConfBaseException
 
@@ -51,17 +51,8 @@ def fit(cfg: DictConfig, folder: Path) -> None:
 
     backbone, benchmarks = build(cfg)
     original = copy.deepcopy(backbone)  # a method may rebuild its backbone: Long-CLIP stretches the position table
-    method = instantiate(cfg.method, backbone=backbone)
-    if absent := [name for name in method.reads if not cfg.data.texts.get(name)]:
-        raise ValueError(
-            f"method={HydraConfig.get().runtime.choices['method']} reads data.texts.{absent[0]}, which data="
-            f"{HydraConfig.get().runtime.choices['data']} does not give. Say where it lies in your shards, as in "
-            f"'++data.texts.{absent[0]}={{key: {absent[0]}, pick: one, k: 1}}' (data/README.md), or choose a method."
-        )
+    method, data = method_and_data(cfg, backbone)  # missing shards are named before anything is scored
     method.config_yaml = OmegaConf.to_yaml(cfg, resolve=True)
-    data = instantiate(cfg.data, image_size=method.image_size)
-    data.prepare_data()
-    data.setup("fit")  # missing shards are named before anything is scored
     callbacks = dict(instantiate(cfg.callbacks)) | selection(cfg, folder)
     loggers = list(instantiate(cfg.logger).values())
     trainer = instantiate(cfg.trainer, callbacks=[c for c in callbacks.values() if c is not None], logger=loggers)
@@ -113,23 +104,85 @@ def prepare(cfg: DictConfig, folder: Path) -> None:
     print(f"Shards are in {instantiate(cfg.data.prepare)()}")
 
 
+def thresholds(cfg: DictConfig, folder: Path) -> None:
+    """What the frozen reference of a method that mines says of the data, and the thresholds that follow from it."""
+    if not hasattr(get_class(cfg.method._target_), "look"):
+        choice = HydraConfig.get().runtime.choices["method"]
+        raise ValueError(f"run=thresholds is for methods that mine positives. method={choice} does not: try method=fff")
+    import torch
+
+    from clipfix.thresholds import survey
+
+    method, data = method_and_data(cfg, start(cfg))
+    survey(method.to("cuda" if torch.cuda.is_available() else "cpu"), data, folder, **cfg.survey)
+
+
+def annotate(cfg: DictConfig, folder: Path) -> None:
+    """Write the shards of `data.train` anew, with what a frozen model says of each sample."""
+    from clipfix.annotate import annotate, plan, summarize
+
+    settle(cfg)
+    if cfg.data.prepare:
+        instantiate(cfg.data.prepare)()
+    settings: Any = OmegaConf.to_container(cfg.annotator, resolve=True)
+    work = plan(cfg.data.train, cfg.annotator.output, settings, cfg.data.allow_pipe)
+    if work.missing:
+        # An annotator says in its own yaml how precisely it computes: the trainer's precision is that of training.
+        alone: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        trainer = instantiate(cfg.trainer, _partial_=True, precision="32-true", **alone)
+        annotate(instantiate(cfg.annotator), work, cfg.data.workers, trainer)
+    summarize(work)
+
+
 # Each verb with the groups that must be complete for it.
 VERBS = {
     "fit": (fit, ("trainer", "callbacks", "logger", "data", "eval", "diffusion", "method", "backbone")),
     "eval": (score, ("eval", "backbone")),
+    "thresholds": (thresholds, ("data", "method", "backbone")),
+    "annotate": (annotate, ("trainer", "data", "annotator", "backbone")),
     "prepare": (prepare, ()),  # not even data: its urls may still be open
 }
 
 
 def build(cfg: DictConfig) -> tuple[Any, dict[str, Any]]:
-    """What every verb starts from: a seeded process, the backbone, its benchmarks."""
+    """What every verb that scores starts from: the backbone, and its benchmarks."""
+    return start(cfg), instantiate(cfg.eval.benchmarks)
+
+
+def start(cfg: DictConfig) -> Any:
+    """The backbone, in a settled process."""
+    settle(cfg)
+    return instantiate(cfg.backbone)
+
+
+def settle(cfg: DictConfig) -> None:
+    """A seeded process that warns of what matters."""
     import lightning as L
 
     for harmless in HARMLESS:
         warnings.filterwarnings("ignore", harmless)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
-    return instantiate(cfg.backbone), instantiate(cfg.eval.benchmarks)
+
+
+def method_and_data(cfg: DictConfig, backbone: Any) -> tuple[Any, Any]:
+    """The method, and data that give what it reads and are there."""
+    method = instantiate(cfg.method, backbone=backbone)
+    if absent := [name for name in method.reads if not cfg.data.texts.get(name)]:
+        raise ValueError(
+            f"method={HydraConfig.get().runtime.choices['method']} reads data.texts.{absent[0]}, which data="
+            f"{HydraConfig.get().runtime.choices['data']} does not give. Say where it lies in your shards, as in "
+            f"'++data.texts.{absent[0]}={{key: {absent[0]}, pick: one, k: 1}}' (data/README.md), or choose a method."
+        )
+    if method.reads_features and cfg.data.features is None:
+        raise ValueError(
+            "method.reference is null, so its features are read from the shards: write them by run=annotate "
+            "annotator=features (data/README.md) and set data.features=features.npz, or name a reference."
+        )
+    data = instantiate(cfg.data, image_size=method.image_size)
+    data.prepare_data()
+    data.setup("fit")
+    return method, data
 
 
 def selection(cfg: DictConfig, folder: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import lightning as L
+import numpy as np
 import torch
 import torch.distributed as dist
 import webdataset as wds
@@ -83,13 +84,13 @@ class Text:
         if self.k < 1 or (self.k > 1 and self.pick not in ("all", "random")):
             raise ValueError(f"data.texts: k={self.k} with pick={self.pick}: k > 1 needs pick=all or pick=random")
 
+    @property
+    def whole(self) -> bool:
+        """Whether it gives texts as they lie there, so that what is stored of them can be looked up."""
+        return self.pick not in ("first_sentence", "other_sentences")
+
     def draw(self, sample: Mapping[str, Any], rng: random.Random) -> list[str]:
-        found = sample["txt"] if self.key == "txt" else sample["json"].get(self.key)
-        several = found if isinstance(found, list) else [found] if isinstance(found, str) else []
-        texts = [text.strip() for text in several if text.strip()]
-        if not texts:
-            raise ValueError(f"no text under {self.key!r} (its json has: {', '.join(sample['json']) or 'nothing'})")
-        "".join(texts).encode()  # json can hold half a surrogate pair, on which tokenizers fail
+        texts = strings(sample, self.key)
         if self.pick == "first_sentence":  # Source: Long-CLIP (arXiv 2403.15378), short caption of its training set
             texts = [texts[0].split(". ", 1)[0]]
         elif self.pick == "other_sentences":
@@ -97,6 +98,17 @@ class Text:
         elif self.pick == "random":
             texts = rng.sample(texts, len(texts))
         return list(itertools.islice(itertools.cycle(texts), self.k))
+
+
+def strings(sample: Mapping[str, Any], key: str) -> list[str]:
+    """The texts that lie under a key of a decoded sample, one or more."""
+    found = sample["txt"] if key == "txt" else sample["json"].get(key)
+    several = found if isinstance(found, list) else [found] if isinstance(found, str) else []
+    texts = [text.strip() for text in several if text.strip()]
+    if not texts:
+        raise ValueError(f"no text under {key!r} (its json has: {', '.join(sample['json']) or 'nothing'})")
+    "".join(texts).encode()  # json can hold half a surrogate pair, on which tokenizers fail
+    return texts
 
 
 def other_sentences(text: str, rng: random.Random) -> str:
@@ -109,6 +121,23 @@ def other_sentences(text: str, rng: random.Random) -> str:
     if not others:
         return text
     return ". ".join(rng.sample(others, rng.randint(1, len(others)))).strip()
+
+
+def look_up(raw: Mapping[str, Any], member: str, texts: Mapping[str, list[str]]) -> dict[str, Tensor]:
+    """What `run=annotate annotator=features` stored: `image` [1, d], and by name those of drawn texts [k, d]."""
+    if member not in raw:
+        raise ValueError(f"no {member}: make it by run=annotate annotator=features, or set data.features=null")
+    with np.load(io.BytesIO(raw[member]), allow_pickle=False) as stored:
+        image, rows = (torch.from_numpy(stored[name]).float() for name in ("image", "text"))
+        row = {text: i for i, text in enumerate(stored["strings"].tolist())}
+    found = {"image": image[None]}
+    for name, drawn in texts.items():
+        if absent := [text for text in drawn if text not in row]:
+            raise ValueError(
+                f"{member} has nothing of the {name} {absent[0]!r}: annotate again with its json key in annotator.keys"
+            )
+        found[name] = rows[[row[text] for text in drawn]]
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------- streams
@@ -154,9 +183,11 @@ class ShardStream(IterableDataset):
         rank: int,
         world: int,
         progress: Progress | None,
+        features: str | None = None,
     ) -> None:
         self.shards, self.texts, self.image_size = shards, texts, image_size
         self.seed, self.shuffle, self.rank, self.world, self.progress = seed, shuffle, rank, world, progress
+        self.features = features
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
@@ -204,17 +235,24 @@ class ShardStream(IterableDataset):
             name: text.draw(sample, random.Random(f"{self.seed} {number} {sample['key']} {name}"))
             for name, text in self.texts.items()
         }
-        return {"key": sample["key"], "image": square(sample["image"], self.image_size), "texts": texts}
+        sample = {"key": sample["key"], "image": square(sample["image"], self.image_size), "texts": texts}
+        if self.features is not None:
+            whole = {name: drawn for name, drawn in texts.items() if self.texts[name].whole}
+            sample["features"] = look_up(raw, self.features, whole)
+        return sample
 
 
 def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
     """Images stacked, texts sample-major; `position` is where the worker stood after the batch's last sample."""
+    features: list[dict[str, Tensor]] = [sample["features"] for sample in batch if "features" in sample]
+    joined = {name: torch.cat([found[name] for found in features]) for name in features[0]} if features else {}
     return {
         "key": [sample["key"] for sample in batch],
         "image": torch.stack([sample["image"] for sample in batch]),
         "position": batch[-1]["position"],
         "skipped": sum(sample["skipped"] for sample in batch),
         **{name: [text for sample in batch for text in sample["texts"][name]] for name in batch[0]["texts"]},
+        **({"features": joined} if features else {}),
     }
 
 
@@ -237,12 +275,13 @@ class ShardData(L.LightningDataModule):
         image_size: int,
         allow_pipe: bool = False,
         prepare: Callable[[], object] | None = None,
+        features: str | None = None,
     ) -> None:
         super().__init__()
         self.train, self.selection, self.allow_pipe, self.prepare = train, selection, allow_pipe, prepare
         self.texts = {name: Text(**text) for name, text in texts.items() if text is not None}
         self.batch_size, self.workers, self.shuffle = batch_size, workers, shuffle
-        self.seed, self.image_size = seed, image_size
+        self.seed, self.image_size, self.features = seed, image_size, features
         self.progress = beginning(workers)
 
     def prepare_data(self) -> None:
@@ -256,15 +295,15 @@ class ShardData(L.LightningDataModule):
         self.selection_shards = expand(self.selection, self.allow_pipe) if self.selection else []
 
     def train_dataloader(self) -> DataLoader:
-        return self._loader(self.train_shards, self.progress)
+        return self._loader(self.train_shards, self.progress, self.features)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         return self._loader(self.selection_shards, None) if self.selection_shards else []
 
-    def _loader(self, shards: list[str], progress: Progress | None) -> DataLoader:
+    def _loader(self, shards: list[str], progress: Progress | None, features: str | None = None) -> DataLoader:
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         stream = ShardStream(
-            shards, self.texts, self.image_size, self.seed, self.shuffle, rank=rank, world=world, progress=progress
+            shards, self.texts, self.image_size, self.seed, self.shuffle, rank, world, progress, features
         )
         return DataLoader(
             stream,

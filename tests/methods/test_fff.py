@@ -159,8 +159,10 @@ def test_features_of_the_shards_serve_as_well_as_the_reference(make):
     read = make(reference=None, thresholds=DOUBLES, start_bias=-3.0)
     assert torch.equal(total(read, inputs | {"features": stored}), total(asked, inputs))
     assert read.notes == asked.notes
-    with pytest.raises(ValueError, match="annotator=features"):
-        total(read, inputs)
+    assert read.reads_features
+    assert not asked.reads_features
+    plain = total(make(thresholds=NOTHING, start_bias=-3.0).eval(), inputs)
+    assert torch.equal(total(read.eval(), inputs), plain), "nothing is mined in validation, whose shards have none"
 
 
 def test_promotions_say_what_was_mined_and_why(make):

@@ -29,6 +29,8 @@ class Method(L.LightningModule, ABC):
 
     # Which of data.texts a batch must carry; checked before anything runs.
     reads: tuple[str, ...] = ()
+    # Whether it must also bring what `run=annotate annotator=features` stored; checked with them.
+    reads_features = False
 
     # A checkpoint holds trained weights only; `on_load_checkpoint` checks that they are exactly those trained here.
     strict_loading = False

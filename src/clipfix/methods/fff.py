@@ -57,9 +57,9 @@ class FFF(Method):
     of the whole batch, all ranks together, and pairs above `thresholds` become positives (`functional.positives.mine`):
     cosines, or with `thresholds_are: extra` the number of positives an image that each condition may add, turned into
     cosines on the first batch. Captions are compared with captions by those named `compare`: among raw ones the same
-    junk is found under many pictures. Without a `reference` the features are read from the shards (`data.features`);
-    without `thresholds` nothing is mined. `same` names a text of which equal strings are known to mean the same
-    thing, as cluster ids do: such samples are positives too.
+    junk is found under many pictures. Without a `reference` the features are read from the training shards
+    (`data.features`), and nothing is mined in validation; without `thresholds` nothing is mined at all. `same` names a
+    text of which equal strings are known to mean the same thing, as cluster ids do: such samples are positives too.
 
     `objective: sigmoid` is the paper's; `softmax` spreads cross-entropy over the same positives, the control that says
     what the sigmoid is worth. With one text, no thresholds and softmax this is plain contrastive fine-tuning.
@@ -108,6 +108,7 @@ class FFF(Method):
         self.extra = bars if thresholds_are == "extra" and thresholds else None
         self.start_bias, self.tile = start_bias, tile
         self.register_buffer("bars", torch.tensor(bars))
+        self.reads_features = self.mines and reference is None
         self.reads = tuple(dict.fromkeys(name for name in (*texts, compare if thresholds else None, same) if name))
         backbone.requires_grad_(True)
         if start_scale is not None:
@@ -177,7 +178,7 @@ class FFF(Method):
         """What is known of the joined batch, or of this rank's part alone, which asks nothing of other ranks."""
         gather = self.gather if joined else lambda rows: rows
         frozen = same = None
-        if self.mines:
+        if self.mines and (self.training or not self.reads_features):
             image, texts = self.reference_features(batch)
             text = torch.cat([texts[name] for name in self.names], dim=1)
             frozen = Frozen(gather(image), gather(text), gather(texts[self.compare].mean(dim=1)))
@@ -191,11 +192,6 @@ class FFF(Method):
         """Images [b, d], and by name of the text [b, several, d]: from the reference, or as the shards have them."""
         names = dict.fromkeys((*self.names, self.compare))
         if self.reference is None:
-            if "features" not in batch:
-                raise ValueError(
-                    "method.reference is null, and the batch brings no features: write them by run=annotate "
-                    "annotator=features and set data.features=features.npz, or name a reference."
-                )
             found, rows = batch["features"], len(batch["image"])
             return found["image"], {name: found[name].unflatten(0, (rows, -1)) for name in names}
         self.reference.eval()

@@ -1,0 +1,54 @@
+"""What a frozen reference CLIP says of pictures and texts, beside them: `data.features` reads it back in training."""
+
+import io
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from clipfix.annotate import Annotator, Raw, Sample
+from clipfix.backbone import Backbone
+from clipfix.data import square, strings
+from clipfix.evals.embed import embed_images, scoring
+
+MEMBER = "features.npz"
+
+
+class Features(Annotator):
+    """`features.npz` of each sample: `image` [d], `text` [m, d] and their `strings` [m]; unit norm, kept in half.
+
+    The texts are the sample's txt, if it has one, and all strings under `keys` of its json, each once. Computed as
+    scores are: in fp32, the picture's shorter side resized and its centre cut out.
+    """
+
+    def __init__(self, output: str, batch_size: int, backbone: Backbone, keys: list[str]) -> None:
+        super().__init__(output, batch_size)
+        self.backbone = backbone.requires_grad_(False)
+        self.prepare = partial(read, keys, backbone.image_size)
+
+    def annotate(self, raws: list[Raw], inputs: dict[str, Any]) -> list[dict[str, bytes]]:
+        with scoring(self.backbone) as clip:
+            images = embed_images(clip.backbone, inputs["images"]).half().cpu().numpy()
+            rows = clip.texts([text for texts in inputs["texts"] for text in texts]).half().cpu()
+        parts = rows.split([len(texts) for texts in inputs["texts"]])
+        members = []
+        for image, part, texts in zip(images, parts, inputs["texts"], strict=True):
+            file = io.BytesIO()
+            # Compressed for the strings: four bytes a letter, and each as long as the longest.
+            np.savez_compressed(file, image=image, text=part.numpy(), strings=np.array(texts))
+            members.append({MEMBER: file.getvalue()})
+        return members
+
+
+def read(keys: list[str], size: int, samples: list[Sample]) -> dict[str, Any]:
+    """Pictures as the backbone sees them, and the texts of each."""
+    texts = []
+    for sample in samples:
+        found = [text for key in keys for text in strings(sample, key)]
+        if sample["txt"]:
+            found = [*strings(sample, "txt"), *found]
+        if not found:
+            raise ValueError("it has no txt, and annotator.keys names no key of its json")
+        texts.append(list(dict.fromkeys(found)))
+    return {"images": torch.stack([square(sample["image"], size) for sample in samples]), "texts": texts}

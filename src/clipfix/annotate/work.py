@@ -1,0 +1,137 @@
+"""The output folder of `run=annotate`: which shards are still to be written, and that each is whole or absent.
+
+Beside each shard lies a small json that counts what became of its samples. It is written last, so a killed run leaves
+whole shards with their counts, and the next run makes the others.
+"""
+
+import contextlib
+import io
+import json
+import re
+import tarfile
+import uuid
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from clipfix.shards import expand
+
+SETTINGS = "annotator.json"  # in the output folder: what all its shards were made by
+PLACE = ("output", "batch_size")  # keys of an annotator that change nothing in its shards
+COUNTED = ("samples", "left_out")  # what becomes of a sample
+
+Raw = dict[str, Any]  # a sample as it lies in its shard: bytes by suffix, and its __key__
+
+
+class Work(NamedTuple):
+    """An output folder and what belongs into it."""
+
+    folder: Path
+    shards: dict[str, str]  # name -> url it is made from
+    missing: list[str]  # names that are not there yet
+
+
+def plan(urls: str | list[str], output: str, settings: dict[str, Any], allow_pipe: bool = False) -> Work:
+    """What is to do; everything that can be wrong with the folders is told here, before a model is loaded."""
+    folder = Path(output).expanduser()
+    shards: dict[str, str] = {}
+    for url in expand(urls, allow_pipe):
+        if not urlsplit(url).scheme and Path(url).resolve().parent == folder.resolve():
+            raise ValueError(f"annotator.output={output} is the folder of {url}, which it would replace: name another")
+        if (name := name_of(url)) in shards:
+            raise ValueError(
+                f"{shards[name]} and {url} would both become {folder / name}.tar: annotate them one after the other, "
+                "into two folders"
+            )
+        shards[name] = url
+    settings = {key: value for key, value in settings.items() if key not in PLACE}
+    claim(folder, settings)
+    missing = [name for name, url in shards.items() if not finished(folder, name, url)]
+    for name in missing:
+        (folder / f"{name}.json").unlink(missing_ok=True)  # whoever waits for a shard waits for its new counts
+    return Work(folder, shards, missing)
+
+
+def name_of(url: str) -> str:
+    """What the shard is called in its path or url, or in the command of a pipe; without .tar."""
+    if not (names := re.findall(r"([^/\s?=]+)\.(?:tar|tgz)\b", url)):
+        raise ValueError(f"{url} has no name that ends in .tar, by which its annotated copy could be called")
+    return names[-1]
+
+
+def claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Makes the folder, or checks that its shards were made by the same settings."""
+    path = folder / SETTINGS
+    found = json.loads(path.read_text()) if path.exists() else {}
+    if found != settings and any(folder.glob("*.tar")):
+        differ = [
+            f"{key}={found.get(key)}, not {settings.get(key)}"
+            for key in sorted({*found, *settings})
+            if found.get(key) != settings.get(key)
+        ]
+        made = f"made with {'; '.join(differ)}" if found else f"without {SETTINGS}"
+        raise ValueError(f"{folder} holds shards {made}: choose another annotator.output or delete the folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    put(path, settings)
+
+
+def finished(folder: Path, name: str, url: str) -> bool:
+    """Whether the shard is there, whole; one that was cut off is read again, as it may have been repaired."""
+    report = folder / f"{name}.json"
+    if not report.exists() or not (folder / f"{name}.tar").exists():
+        return False
+    counts = json.loads(report.read_text())
+    if not counts["broken"] and None not in (counts["bytes"], size(url)) and counts["bytes"] != size(url):
+        raise ValueError(
+            f"{folder / name}.tar was made from a shard of {counts['bytes']} bytes, {url} has {size(url)}: "
+            f"choose another annotator.output, or delete {name}.tar there if {url} was corrected"
+        )
+    return not counts["broken"]
+
+
+def size(url: str) -> int | None:
+    """By which two shards of one name are told apart, where that costs nothing."""
+    return None if urlsplit(url).scheme else Path(url).stat().st_size
+
+
+def put(path: Path, content: Any) -> None:
+    """Writes a json file, whole or not at all."""
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    draft.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    with contextlib.suppress(FileNotFoundError):  # somebody who finished the folder swept it up, see `annotate`
+        draft.replace(path)
+
+
+class Draft:
+    """A shard that is being written, under another name until it is whole."""
+
+    def __init__(self, folder: Path, name: str, url: str) -> None:
+        self.folder, self.name, self.url = folder, name, url
+        self.counts = dict.fromkeys(COUNTED, 0)
+        self.path = folder / f".{name}.{uuid.uuid4().hex}.part"
+        self.tar = tarfile.open(self.path, "x")  # noqa: SIM115  closed when the shard is whole
+
+    def add(self, raw: Raw) -> None:
+        """One sample. Entries of the standard library's tar carry no time and no user."""
+        for suffix, content in raw.items():
+            if not suffix.startswith("__"):
+                member = tarfile.TarInfo(f"{raw['__key__']}.{suffix}")
+                member.size = len(content)
+                self.tar.addfile(member, io.BytesIO(content))
+        self.counts["samples"] += 1
+
+    def finish(self, broken: str | None) -> None:
+        """The shard gets its name, then its counts; one without any sample but broken ones gets none."""
+        self.tar.close()
+        if not broken and self.counts["left_out"] and not self.counts["samples"]:
+            broken = f"none of the {self.counts['left_out']} samples of {self.url} can be used"
+        if not broken or self.counts["samples"]:
+            # Whoever else writes this folder makes the same bytes, and sweeps up drafts when done.
+            with contextlib.suppress(FileNotFoundError):
+                self.path.replace(self.folder / f"{self.name}.tar")
+        self.path.unlink(missing_ok=True)
+        put(self.folder / f"{self.name}.json", {**self.counts, "bytes": size(self.url), "broken": broken})
+
+    def discard(self) -> None:
+        self.tar.close()
+        self.path.unlink(missing_ok=True)
