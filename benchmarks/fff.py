@@ -84,7 +84,7 @@ def tiled(tile: int, counts: Counter[str], known: Frozen, image: Tensor, text: T
 
     def positives(part: slice) -> Tensor:
         found = mine(known, known.rows(part), BARS, first_row=-part.start)
-        for name in ("by_pair", "by_image", "by_text"):
+        for name in ("image_text", "image_image", "text_text"):
             counts[name] += int(getattr(found, name).count_nonzero())
         return found.any()
 

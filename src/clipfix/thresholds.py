@@ -152,7 +152,7 @@ def judge(frozen: Frozen, cosines: Mapping[str, np.ndarray], choice: Thresholds,
     }
     mined = mine(frozen, frozen, choice, first_row=0)
     samples, captions = frozen.text.shape[:2]
-    reasons = {"image_text": mined.by_pair, "image_image": mined.by_image, "text_text": mined.by_text}
+    reasons = {name: getattr(mined, name) for name in CONDITIONS}
     reasons["together"] = mined.any() & ~mined.own
     each = (among - 1) / (samples * (samples - 1) * captions)
     promoted = {name: float(mask.sum()) * each for name, mask in reasons.items()}

@@ -55,11 +55,11 @@ def test_each_condition_promotes_what_it_names():
     towards = lambda cosine: torch.tensor([cosine, 0.0, math.sqrt(1 - cosine**2)])  # noqa: E731
     text = torch.stack([towards(0.9), towards(0.3), torch.eye(3)[1]])[:, None]
     found = mine(Frozen(image, text, text[:, 0]), Frozen(image, text, text[:, 0]), Thresholds(0.5, 0.2, 0.9, 0.9), 0)
-    assert found.by_pair[..., 0].nonzero().tolist() == [[1, 0]]
-    assert found.by_image[..., 0].nonzero().tolist() == [[0, 1], [1, 0]]
-    assert not found.by_text.any()
+    assert found.image_text[..., 0].nonzero().tolist() == [[1, 0]]
+    assert found.image_image[..., 0].nonzero().tolist() == [[0, 1], [1, 0]]
+    assert not found.text_text.any()
     alike = Frozen(image, text, torch.eye(3)[[0, 0, 0]])  # all captions say the same; 0.3 of the image is enough then
-    assert mine(alike, alike, Thresholds(0.95, 0.2, 1.1, 0.9), 0).by_text[..., 0].nonzero().tolist() == [
+    assert mine(alike, alike, Thresholds(0.95, 0.2, 1.1, 0.9), 0).text_text[..., 0].nonzero().tolist() == [
         [0, 1],
         [1, 0],
     ]

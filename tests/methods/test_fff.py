@@ -53,11 +53,11 @@ def test_sigmoid_is_the_papers_sum(make, mean_over):
     entries = F.softplus(-sign * logits)
     expected = entries.sum() / (6 if mean_over == "images" else 6 * 6 * 3)
     torch.testing.assert_close(total(method, inputs), expected)
-    assert method.notes == {
-        "positives/by_pair_per_image": 0.0,
-        "positives/by_image_per_image": 3.0,
-        "positives/by_text_per_image": 0.0,
-    }
+    found = {"image_text": 0.0, "image_image": 1.0, "text_text": 0.0, "together": 1.0}
+    assert method.notes == pytest.approx(
+        {f"positives/{name}_per_image": count for name, count in found.items()}
+        | {f"positives/{name}_percent": 100 * count / 5 for name, count in found.items()}
+    )
 
 
 def test_softmax_spreads_over_the_same_positives(make):
@@ -85,8 +85,8 @@ def test_junk_captions_make_positives_only_where_raw_captions_are_compared(make)
     for compare in ("captions", "caption"):
         method = make(thresholds=bars, compare=compare)
         total(method, inputs)
-        found[compare] = method.notes["positives/by_text_per_image"]
-    assert found == {"captions": 0.0, "caption": 5.0 * 3}  # all three captions of the five others
+        found[compare] = method.notes["positives/text_text_per_image"]
+    assert found == {"captions": 0.0, "caption": 5.0}  # every other sample
 
 
 def test_raw_captions_can_be_left_out(make):
@@ -120,10 +120,11 @@ def test_counts_become_cosines_of_the_reference(make):
         method = make(thresholds_are="extra", thresholds=extra)
         method.on_train_batch_start(inputs, 0)
         total(method, inputs)
-        reason = {"image_text": "by_pair", "image_image": "by_image", "text_text": "by_text"}[condition]
-        found = {name: method.notes[f"positives/{name}_per_image"] for name in ("by_pair", "by_image", "by_text")}
-        # an image or text that is alike brings all three captions, less those below the lower bar of the pair
-        assert found.pop(reason) == pytest.approx(asked * 3, abs=0.16 + asked * 0.2)
+        found = {
+            name: method.notes[f"positives/{name}_per_image"] for name in ("image_text", "image_image", "text_text")
+        }
+        # an image or text that is alike brings all its captions, less those below the lower bar of the pair
+        assert found.pop(condition) == pytest.approx(asked, abs=0.05 + asked * 0.07)
         assert max(found.values()) <= 0.01
 
 
@@ -137,7 +138,7 @@ def test_known_labels_are_positives_with_and_without_mining(make):
     logits = alone.backbone.logit_scale.exp() * torch.einsum("id,jkd->ijk", image, text) - 3.0
     sign = torch.where((torch.arange(6)[:, None] - torch.arange(6)) % 3 == 0, 1.0, -1.0)[..., None]
     torch.testing.assert_close(total(alone, inputs), F.softplus(-sign * logits).sum() / (6 * 6 * 3))
-    assert alone.notes == {"positives/by_label_per_image": 3.0}
+    assert alone.notes["positives/same_per_image"] == alone.notes["positives/together_per_image"] == 1.0
     together = make(thresholds=NOTHING, same="cluster", start_bias=-3.0)
     assert torch.equal(total(together, inputs), total(alone, inputs))
     mined = make(thresholds=DOUBLES, start_bias=-3.0)
@@ -256,7 +257,7 @@ def test_doubles_on_other_ranks_are_found(clip_folder, generator_folder, tmp_pat
         alone.bias.data -= 1
         loss = total(alone, inputs)
         loss.backward()
-        assert alone.notes["positives/by_image_per_image"] == 3.0
+        assert alone.notes["positives/image_image_per_image"] == 1.0
         for world, rank in [(4, 0), (4, 1), (4, 2), (4, 3), (2, 0), (2, 1)]:
             together = torch.load(tmp_path / f"{objective}-{world}-{rank}.pt", weights_only=True)
             assert together["notes"] == alone.notes

@@ -35,12 +35,12 @@ class Positives(NamedTuple):
     """Image i with caption c of sample j, by what makes them a positive; a pair may have several reasons."""
 
     own: Bool[Tensor, "b n k"]
-    by_pair: Bool[Tensor, "b n k"]
-    by_image: Bool[Tensor, "b n k"]
-    by_text: Bool[Tensor, "b n k"]
+    image_text: Bool[Tensor, "b n k"]
+    image_image: Bool[Tensor, "b n k"]
+    text_text: Bool[Tensor, "b n k"]
 
     def any(self) -> Bool[Tensor, "b n k"]:
-        return self.own | self.by_pair | self.by_image | self.by_text
+        return self.own | self.image_text | self.image_image | self.text_text
 
 
 def itself(queries: int, samples: int, first_row: int, device: torch.device) -> Bool[Tensor, "b n"]:
@@ -62,8 +62,8 @@ def mine(queries: Frozen, samples: Frozen, thresholds: Thresholds, first_row: in
     own = itself(len(queries.image), len(samples.image), first_row, pair.device)[..., None]
     images = (queries.image @ samples.image.T > thresholds.image_image)[..., None] & ~own
     texts = (queries.gist @ samples.gist.T > thresholds.text_text)[..., None] & ~own
-    by_pair, likely = (pair > thresholds.image_text).logical_and_(~own), pair > thresholds.supported
-    return Positives(own.expand_as(pair), by_pair, likely & images, likely & texts)
+    image_text, likely = (pair > thresholds.image_text).logical_and_(~own), pair > thresholds.supported
+    return Positives(own.expand_as(pair), image_text, likely & images, likely & texts)
 
 
 def thresholds_for(reference: Frozen, extra: Thresholds, among: int) -> Thresholds:

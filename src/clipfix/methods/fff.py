@@ -18,6 +18,7 @@ from clipfix.functional.sigmoid import best_bias, sigmoid_loss
 from clipfix.methods.base import Method
 
 SAMPLED = 2048  # samples of the first batch from which counts become cosines
+REASONS = ("image_text", "image_image", "text_text")  # conditions that promote a pair, as `Positives` names them
 NOTHING = Thresholds(*[float("inf")] * 4)  # no cosine passes
 
 
@@ -150,8 +151,10 @@ class FFF(Method):
                 many_positives_loss(image, all_text.flatten(0, 1), for_image, scale)
                 + many_positives_loss(text.flatten(0, 1), self.gather(image), for_text, scale)
             ) / 2
-        for name, count in counts.items():
-            self.note(f"positives/{name}_per_image", float(count) / rows)
+        for name, count in counts.items():  # in samples, all captions of one counting 1, as `extra` does
+            each = count / (rows * known.captions)
+            self.note(f"positives/{name}_per_image", each)
+            self.note(f"positives/{name}_percent", 100 * each / max(1, known.samples - 1))
         return {self.objective: term}
 
     # -- what trains --------------------------------------------------------------------------------------------------
@@ -204,17 +207,17 @@ class FFF(Method):
         known, first = known.rows(part), first - (part.start or 0)
         own = itself(queries.samples, known.samples, first, self.bars.device)
         found = own[..., None].expand(-1, -1, known.captions)
+        reasons = {}
         if queries.same is not None and known.same is not None:
-            same = (queries.same[:, None] == known.same) & ~own
-            found = found | same[..., None]
-            if counts is not None:
-                counts["by_label"] += int(same.count_nonzero()) * known.captions
+            reasons["same"] = ((queries.same[:, None] == known.same) & ~own)[..., None].expand_as(found)
         if queries.frozen is not None and known.frozen is not None:
             mined: Positives = mine(queries.frozen, known.frozen, Thresholds(*self.bars.tolist()), first)
-            found = found | mined.any()
-            if counts is not None:
-                for name in ("by_pair", "by_image", "by_text"):
-                    counts[name] += int(getattr(mined, name).count_nonzero())
+            reasons |= {name: getattr(mined, name) for name in REASONS}
+        for mask in reasons.values():
+            found = found | mask
+        if counts is not None:
+            counts.update({name: int(mask.count_nonzero()) for name, mask in reasons.items()})
+            counts["together"] += int(found.count_nonzero()) - int(own.count_nonzero()) * known.captions
         return found
 
     @torch.no_grad()
@@ -229,7 +232,7 @@ class FFF(Method):
         chosen = torch.randperm(len(entries), generator=torch.Generator().manual_seed(0))[:at_most].sort().values
         by_name = zip(*(several(batch, name) for name in self.names), strict=True)
         captions = [[text for texts in sample for text in texts] for sample in by_name]
-        reasons = {"image_text": found.by_pair, "image_image": found.by_image, "text_text": found.by_text}
+        reasons = {name: getattr(found, name) for name in REASONS}
         return [
             Promotion(
                 image=i,
