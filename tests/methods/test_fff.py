@@ -184,6 +184,16 @@ def test_promotions_say_what_was_mined_and_why(make):
     assert make(thresholds=None).promoted(inputs, at_most=100) == []
 
 
+def test_shuffled_control_promotes_as_many_pairs_of_others(make):
+    """Samples 0 and 3, 1 and 4, 2 and 5 are doubles; the control promotes the samples after them."""
+    inputs = doubled(6) | {"cluster": ["c", "a", "b", "x", "a", "b"]}
+    inputs["image"][5] = batch(6)["image"][5]  # so 2 and 5 are not
+    shuffled, known = make(thresholds=DOUBLES, control="shuffled"), make(thresholds=None, same="cluster")
+    shuffled.bias.data.fill_(-3.0)
+    known.bias.data.fill_(-3.0)
+    assert torch.equal(total(shuffled, inputs), total(known, inputs))
+
+
 def test_reference_stays_as_it_was(make):
     method = make().eval()
     before = method.reference.encode_image(batch(2)["image"])
@@ -196,7 +206,7 @@ def test_reference_stays_as_it_was(make):
 
 
 def test_wrong_choices_are_named(make):
-    for wrong in ({"objective": "hinge"}, {"thresholds_are": "many"}, {"mean_over": "all"}):
+    for wrong in ({"objective": "hinge"}, {"thresholds_are": "many"}, {"mean_over": "all"}, {"control": "off"}):
         with pytest.raises(Exception, match=rf"method\.{next(iter(wrong))} is .*: choose"):
             make(**wrong)
     for wrong in ({"tile": 0}, {"texts": []}):

@@ -62,6 +62,7 @@ class FFF(Method):
     (`data.features`), and nothing is mined in validation; without `thresholds` nothing is mined at all. `same` names a
     text of which equal strings are known to mean the same thing, as cluster ids do: such samples are positives too.
 
+    `control: shuffled` asks the reference about each sample's neighbour instead: as many pairs, but the wrong ones.
     `objective: sigmoid` is the paper's; `softmax` spreads cross-entropy over the same positives, the control that says
     what the sigmoid is worth. With one text, no thresholds and softmax this is plain contrastive fine-tuning.
 
@@ -82,6 +83,7 @@ class FFF(Method):
         same: str | None,
         thresholds_are: str,
         thresholds: dict[str, float] | None,
+        control: str | None,
         mean_over: str,
         start_scale: float | None,
         start_bias: float | None,
@@ -94,17 +96,20 @@ class FFF(Method):
         for key, value, choices in (
             ("objective", objective, ("sigmoid", "softmax")),
             ("thresholds_are", thresholds_are, ("cosines", "extra")),
+            ("control", control, (None, "shuffled")),
             ("mean_over", mean_over, ("images", "entries")),
         ):
             if value not in choices:
-                raise ValueError(f"method.{key} is {value}: choose {' or '.join(choices)}.")
+                raise ValueError(
+                    f"method.{key} is {value}: choose {' or '.join(map(str, choices)).replace('None', 'null')}."
+                )
         if not texts:
             raise ValueError("method.texts is empty: name one or more of data.texts, as in method.texts=[captions].")
         if tile < 1:
             raise ValueError(f"method.tile is {tile}: score 1 or more samples at a time.")
         self.reference = reference.requires_grad_(False) if reference and thresholds else None
         self.objective, self.names, self.compare, self.same = objective, tuple(texts), compare, same
-        self.mines, self.mean_over = thresholds is not None, mean_over
+        self.mines, self.mean_over, self.control = thresholds is not None, mean_over, control
         bars = Thresholds(**{name: float(bar) for name, bar in thresholds.items()}) if thresholds else NOTHING
         self.extra = bars if thresholds_are == "extra" and thresholds else None
         self.start_bias, self.tile = start_bias, tile
@@ -185,6 +190,8 @@ class FFF(Method):
             image, texts = self.reference_features(batch)
             text = torch.cat([texts[name] for name in self.names], dim=1)
             frozen = Frozen(gather(image), gather(text), gather(texts[self.compare].mean(dim=1)))
+            if self.control == "shuffled":
+                frozen = Frozen(*(rows.roll(1, dims=0) for rows in frozen))
         if self.same is not None:
             labels = [int.from_bytes(blake2b(text.encode(), digest_size=7).digest()) for text in batch[self.same]]
             same = gather(torch.tensor(labels, device=self.device))
