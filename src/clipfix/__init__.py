@@ -2,9 +2,10 @@
 
 __main__.py   the whole program: compose, build, evaluate, train, evaluate, report
 backbone.py   a CLIP (open_clip) behind a few verbs;  diffusion.py  a frozen generator behind two
-shards.py, data.py  shards to batches;  scenes/  the drawn world that needs no download
+shards.py, data.py  shards to batches;  annotate/  shards to richer shards;  scenes/  a drawn world, no download
 methods/      one paper, one file;  functional/  their formulas
 evals/        benchmarks: a backbone in, named scores out;  report.py  tables and pictures
+mining/       mined positives for a person to judge
 """
 
 __version__ = "0.1.0"

@@ -111,7 +111,7 @@ def thresholds(cfg: DictConfig, folder: Path) -> None:
         raise ValueError(f"run=thresholds is for methods that mine positives. method={choice} does not: try method=fff")
     import torch
 
-    from clipfix.thresholds import survey
+    from clipfix.mining.survey import survey
 
     method, data = method_and_data(cfg, start(cfg))
     survey(method.to("cuda" if torch.cuda.is_available() else "cpu"), data, folder, **cfg.survey)

@@ -11,10 +11,10 @@ from hydra.utils import instantiate
 from PIL import Image
 from small import CONF, batch, build
 
-from clipfix import promoted
 from clipfix.__main__ import main
 from clipfix.methods.fff import Promotion
-from clipfix.promoted import Promoted, choose
+from clipfix.mining import promoted
+from clipfix.mining.promoted import Promoted, choose
 
 DOUBLES = {"image_text": 2.0, "supported": -1.0, "image_image": 0.99999, "text_text": 2.0}
 NOTHING = dict.fromkeys(DOUBLES, 2.0)

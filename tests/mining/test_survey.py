@@ -12,10 +12,10 @@ from PIL import Image
 from shards import encoded, numbered, pack
 from small import build
 
-from clipfix import thresholds
 from clipfix.__main__ import main
 from clipfix.data import ShardData
 from clipfix.functional.positives import Frozen, Thresholds, thresholds_for
+from clipfix.mining import survey
 
 WANTED = "method.thresholds={image_text: 0.25, supported: 1.9, image_image: 0.9, text_text: 0.5}"
 
@@ -42,8 +42,8 @@ def random_frozen(samples: int, captions: int) -> Frozen:
 
 
 def test_own_captions_and_others_are_kept_apart(counted):
-    cosines = thresholds.spread(counted)
-    found = {name: thresholds.describe(values) for name, values in cosines.items()}
+    cosines = survey.spread(counted)
+    found = {name: survey.describe(values) for name, values in cosines.items()}
     assert found["own"]["mean"] == pytest.approx(0.7)
     assert found["own"]["max"] == pytest.approx(0.9)
     assert (found["S_it"]["mean"], found["S_it"]["50 %"]) == (pytest.approx(0.105), pytest.approx(0.105))
@@ -53,35 +53,35 @@ def test_own_captions_and_others_are_kept_apart(counted):
 
 def test_counts_become_cosines_and_back(counted):
     """One of four others is the best quarter of twenty pairs: above the sixth largest. In a batch of 9, an eighth."""
-    cosines = thresholds.spread(counted)
+    cosines = survey.spread(counted)
     one = Thresholds(1, 1, 1, 1)
-    assert thresholds.cuts(cosines, one, among=5).image_text == pytest.approx(0.15)
-    assert thresholds.cuts(cosines, Thresholds(1.6, 8, 1, 1), among=9)[:2] == pytest.approx((0.16, 0.01))
-    judged = thresholds.judge(counted, cosines, Thresholds(0.15, 0.1, 0.5, -1.0), among=5)
+    assert survey.cuts(cosines, one, among=5).image_text == pytest.approx(0.15)
+    assert survey.cuts(cosines, Thresholds(1.6, 8, 1, 1), among=9)[:2] == pytest.approx((0.16, 0.01))
+    judged = survey.judge(counted, cosines, Thresholds(0.15, 0.1, 0.5, -1.0), among=5)
     assert judged["alone"] == pytest.approx({"image_text": 1, "supported": 2, "image_image": 0, "text_text": 4})
     assert judged["promoted"] == pytest.approx({"image_text": 1, "image_image": 0, "text_text": 2, "together": 2})
 
 
 def test_cuts_are_those_that_training_finds():
     frozen, extra = random_frozen(40, 3), Thresholds(0.3, 2.0, 0.5, 1.0)
-    cuts = thresholds.cuts(thresholds.spread(frozen), extra, among=16)
+    cuts = survey.cuts(survey.spread(frozen), extra, among=16)
     assert cuts == pytest.approx(thresholds_for(frozen, extra, among=16), abs=2e-3)
 
 
 def test_suggestion_asks_of_pairs_what_own_captions_give(counted):
     """All others fit worse than own captions, so their median and quartile decide; the other two follow the counts."""
-    cosines = thresholds.spread(counted) | {"S_ii": np.arange(20) / 100}
-    suggested = thresholds.suggest(cosines, Thresholds(1, 4, 1, 1), among=5)
+    cosines = survey.spread(counted) | {"S_ii": np.arange(20) / 100}
+    suggested = survey.suggest(cosines, Thresholds(1, 4, 1, 1), among=5)
     assert suggested == pytest.approx((0.7, 0.6, 0.14, 0.0), abs=1.1e-4)
     cosines["S_it"] = cosines["S_it"] + 0.75  # all of them fit better: the count decides
-    assert thresholds.suggest(cosines, Thresholds(1, 4, 1, 1), 5)[:2] == pytest.approx((0.9, 0.76), abs=1.1e-4)
+    assert survey.suggest(cosines, Thresholds(1, 4, 1, 1), 5)[:2] == pytest.approx((0.9, 0.76), abs=1.1e-4)
 
 
 def test_a_perfect_reference_has_area_one_and_a_blind_one_that_of_chance():
     same = torch.arange(12) // 3
     image = F.one_hot(same).float()
     frozen = Frozen(image, image[:, None].expand(-1, 2, -1), torch.eye(12))  # captions among themselves: all strangers
-    truth = thresholds.Truth(frozen, thresholds.spread(frozen), same)
+    truth = survey.Truth(frozen, survey.spread(frozen), same)
     found = truth.judge({"configured": Thresholds(0.5, 2.0, 0.5, 0.5), "suggested": Thresholds(2.0, 2.0, -1.0, 2.0)})
     assert found["share"] == pytest.approx(2 / 11)
     assert found["image_text"]["area"] == found["image_image"]["area"] == 1
@@ -98,11 +98,11 @@ def test_no_sample_is_looked_at_twice(clip_folder, tmp_path):
     data = ShardData(str(tmp_path), None, texts, batch_size=8, workers=0, shuffle=0, seed=0, image_size=32)
     data.setup()
     method = build("fff", clip_folder, "no generator")
-    assert thresholds.collect(method, data, 100)[0].text.shape[:2] == (16, 3)
-    assert len(thresholds.collect(method, data, 10)[0].image) == 10
+    assert survey.collect(method, data, 100)[0].text.shape[:2] == (16, 3)
+    assert len(survey.collect(method, data, 10)[0].image) == 10
     data.batch_size = 21
     with pytest.raises(ValueError, match=r"lower data\.batch_size"):
-        thresholds.collect(method, data, 100)
+        survey.collect(method, data, 100)
 
 
 # -- the front door ----------------------------------------------------------------------------------------------------
