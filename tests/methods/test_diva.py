@@ -1,13 +1,32 @@
-"""DIVA against a line-by-line slow version on a real small U-Net, and its token rules against loops."""
+"""DIVA against a line-by-line slow version on a real small U-Net, its token rules against loops, and its switches."""
 
+import inspect
+import math
+
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
-from small import batch, build
+from omegaconf import OmegaConf
+from scipy.stats import norm
+from small import CONF, batch, build
+from test_contract import fit
 
-from clipfix.methods.diva import PATCH_RULES, average_patches, condition_from_tokens, random_patches, share_of_patches
+import clipfix.__main__  # noqa: F401  the resolvers that the configs use
+from clipfix.functional.anchors import feature_drift, similarity_drift
+from clipfix.functional.denoising import logit_normal_timesteps
+from clipfix.methods.diva import (
+    DIVA,
+    PATCH_RULES,
+    average_patches,
+    condition_from_tokens,
+    random_patches,
+    share_of_patches,
+    trained_parts,
+)
 
 RULES = [
     ("none", None, "mean"),
@@ -16,6 +35,7 @@ RULES = [
     ("share", 0.5, "mean"),
     ("average", 2, "mean"),
 ]
+UNIFORM = {"law": "uniform", "range": None, "mean": 0.0, "sd": 1.0}
 
 
 def cpu_draw(sampler, *args, rows, shape=()):
@@ -83,7 +103,7 @@ def test_every_token_rule_gives_a_condition(patches, amount, null_text, clip_fol
     method = build("diva", clip_folder, generator_folder, patches=patches, patch_amount=amount, null_text=null_text)
     method.seed_draws(0)
     tokens = {"none": 1, "all": 17, "random": 8, "share": 9, "average": 5}[patches]
-    assert method.condition(batch(2)["image"]).shape == (2, tokens, 12)
+    assert method.condition(*method.backbone.visual_tokens(batch(2)["image"])).shape == (2, tokens, 12)
     assert PATCH_RULES.keys() == {rule for rule, *_ in RULES}
 
 
@@ -124,6 +144,18 @@ def test_null_text_rules():
         ({"patches": "random", "patch_amount": 0.5}, "takes int"),
         ({"null_text": "average"}, "tokenwise or mean"),
         ({"warmup_steps": 9}, "between 0 and method.steps"),
+        ({"timesteps": UNIFORM | {"law": "normal"}}, "timesteps.law is normal: choose uniform or logit_normal"),
+        ({"timesteps": UNIFORM | {"range": [500, 1001]}}, "between 0 and the diffusion model's 1000"),
+        ({"timesteps": UNIFORM | {"range": [500, 500]}}, r"range is \[500, 500\]"),
+        ({"train": "text"}, "choose visual, norms or blocks"),
+        ({"train": "blocks"}, "train_blocks is None: train the last 1 to 2 blocks"),
+        ({"train": "blocks", "train_blocks": 3}, "train_blocks is 3: train the last 1 to 2 blocks"),
+        ({"train_blocks": 1}, "set method.train=blocks"),
+        ({"projection_steps": 5}, "projection_steps is 5: set it between 0 and 4"),
+        ({"anchor": "feature"}, "choose null, features or similarities"),
+        ({"control": "shuffle"}, "choose null, shuffled or off"),
+        ({"control": "off"}, "method.caption_weight above 0"),
+        ({"control": "off", "caption_weight": 1.0, "projection_steps": 1}, "method.projection_steps=0"),
         ({"optimizer": {"name": "Adamw", "lr": 1e-3}}, "torch.optim"),
     ],
 )
@@ -148,3 +180,283 @@ def test_noise_schedule_is_the_folders(clip_folder, generator_folder):
         method.diffusion.num_timesteps
         == DDPMScheduler.from_pretrained(generator_folder, subfolder="scheduler").config.num_train_timesteps
     )
+
+
+# -- switches ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def make(clip_folder, generator_folder):
+    return lambda **overrides: build("diva", clip_folder, generator_folder, **overrides)
+
+
+@pytest.fixture
+def as_rank(monkeypatch):
+    """Makes any method believe that it is this rank of several; `joined` is what gathering then gives."""
+
+    def pretend(rank, world_size, joined=None):
+        monkeypatch.setattr(DIVA, "rank", rank)
+        monkeypatch.setattr(DIVA, "world_size", world_size)
+        monkeypatch.setattr(DIVA, "gather", lambda self, rows: joined)
+
+    return pretend
+
+
+def terms(method: DIVA, inputs: dict) -> dict[str, torch.Tensor]:
+    method.seed_draws(0)
+    return method.loss(inputs)
+
+
+def gradients(method: DIVA, inputs: dict) -> dict[str, torch.Tensor]:
+    torch.stack(list(terms(method, inputs).values())).sum().backward()
+    return {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("mean", "sd", "low", "high"), [(0.0, 1.0, 0, 1000), (1.0, 0.5, 0, 1000), (-0.5, 2.0, 300, 700)]
+)
+def test_logit_normal_timesteps_follow_their_law(mean, sd, low, high):
+    """P(t < k) = P(mean + sd z < logit of k's place), for z standard normal."""
+    normal = torch.randn(40_000, generator=torch.Generator().manual_seed(0))
+    drawn = logit_normal_timesteps(normal, mean, sd, low, high)
+    for share in (0.05, 0.25, 0.5, 0.75, 0.95):
+        below = (drawn < low + share * (high - low)).double().mean().item()
+        assert below == pytest.approx(norm.cdf((math.log(share / (1 - share)) - mean) / sd), abs=0.01)
+    extremes = logit_normal_timesteps(torch.tensor([-1e3, 1e3]), mean, sd, low, high)
+    assert extremes.tolist() == [low, high - 1]
+
+
+@pytest.mark.parametrize("law", ["uniform", "logit_normal"])
+def test_timesteps_stay_in_their_range_and_two_ranks_draw_what_one_does(law, make, as_rank):
+    method = make(draws=3, timesteps=UNIFORM | {"law": law, "range": [200, 210]})
+    method.seed_draws(0)
+    alone = method.draw_timesteps(300)
+    assert alone.shape == (300, 3)
+    assert set(alone.flatten().tolist()) == set(range(200, 210))
+    if law == "uniform":  # 90 of each on average, with a standard deviation of 9
+        assert all(50 < count < 130 for count in alone.flatten().bincount()[200:].tolist())
+    for rank in (0, 1):
+        as_rank(rank, 2)
+        method.seed_draws(0)
+        assert torch.equal(method.draw_timesteps(150), alone[150 * rank :][:150])
+
+
+@pytest.mark.parametrize("rows", [2, 5, 6])
+def test_shuffled_condition_is_another_images_across_ranks(rows, make, as_rank):
+    method = make(control="shuffled")
+    joined = torch.arange(rows, dtype=torch.float).view(rows, 1, 1)
+    alone = method.of_others(joined)
+    assert (alone != joined).all()
+    assert sorted(alone.flatten().tolist()) == joined.flatten().tolist()
+    for rank in range(rows):
+        as_rank(rank, rows, joined)
+        assert torch.equal(method.of_others(joined[rank : rank + 1]), alone[rank : rank + 1])
+
+
+def test_shuffled_loss_and_gradient_are_those_of_the_other_condition(make):
+    """One image at a time, each with the description of the image three further on."""
+    method, inputs = make(control="shuffled"), batch(6)
+    condition = torch.randn(6, 8, 12, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    method.seed_draws(0)
+    method.feedback(inputs["image"], condition).backward()
+    found, condition.grad = condition.grad, None
+
+    method.seed_draws(0)
+    noise = torch.randn(6, method.draws, 4, 8, 8, generator=method.generator)
+    timesteps = torch.randint(0, 1000, (6, method.draws), generator=method.generator)
+    losses = []
+    for i in range(6):
+        latent = method.diffusion.encode(inputs["image"][i : i + 1])
+        for e, t in zip(noise[i], timesteps[i], strict=True):
+            noisy = method.diffusion.add_noise(latent, e[None], t[None])
+            told = condition[(i + 3) % 6][None]
+            losses.append((method.diffusion.predict(noisy, t[None], told) - e).square().mean())
+    torch.stack(losses).mean().backward()
+    torch.testing.assert_close(found, condition.grad, rtol=1e-3, atol=1e-7)
+
+
+def test_one_image_has_no_other(make):
+    method = make(control="shuffled")
+    with pytest.raises(ValueError, match="raise data"):
+        terms(method, batch(1))
+    assert terms(method.eval(), batch(1))["denoising"].isfinite()  # a validation split may end so
+
+
+def test_without_feedback_the_caption_loss_is_finetunes(make, clip_folder, generator_folder):
+    method, inputs = make(control="off", caption_weight=1.0), batch(5)
+    control = build("finetune", clip_folder, generator_folder, train=["visual"])
+    assert method.reads == ("caption",)
+    found, expected = gradients(method, inputs), gradients(control, inputs)
+    assert found.keys() == expected.keys()
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-6)
+    assert terms(method, inputs).keys() == {"caption"}
+    torch.testing.assert_close(terms(method, inputs)["caption"], terms(control, inputs)["contrastive"])
+    torch.testing.assert_close(
+        terms(make(caption_weight=0.5), inputs)["caption"], 0.5 * terms(control, inputs)["contrastive"]
+    )
+
+
+def test_a_bare_off_in_yaml_is_off(make):
+    assert terms(make(control=False, caption_weight=1.0), batch(2)).keys() == {"caption"}
+
+
+def unit(rows: int, seed: int) -> torch.Tensor:
+    return F.normalize(torch.randn(rows, 5, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def test_anchors_equal_loops_and_are_zero_where_nothing_moved():
+    features, original, texts, scale = unit(4, 0), unit(4, 1), unit(6, 2), torch.tensor(7.0)
+    cosines = [sum(a * b for a, b in zip(*pair, strict=True)) for pair in zip(features, original, strict=True)]
+    torch.testing.assert_close(feature_drift(features, original), 1 - torch.stack(cosines).mean())
+    total = 0.0
+    for new, old in zip(features, original, strict=True):
+        after = [math.exp(7 * float(new @ text)) for text in texts]
+        before = [math.exp(7 * float(old @ text)) for text in texts]
+        for a, b in zip(after, before, strict=True):
+            total += b / sum(before) * math.log((b / sum(before)) / (a / sum(after))) / 4
+    assert similarity_drift(features, original, texts, scale).item() == pytest.approx(total, rel=1e-4)
+    assert feature_drift(original, original).item() == pytest.approx(0, abs=1e-6)
+    assert similarity_drift(original, original, texts, scale).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_similarity_anchor_ignores_what_no_text_looks_at():
+    texts = torch.eye(3)[:2]
+    moved = F.normalize(torch.tensor([[1.0, 1.0, 1.0]]), dim=-1)
+    for stretch in (torch.tensor([[1.0, 1.0, -1.0]]), torch.tensor([[1.0, 1.0, 9.0]])):
+        drift = similarity_drift(moved, F.normalize(stretch, dim=-1), texts, torch.tensor(7.0))
+        assert drift.item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("anchor", ["features", "similarities"])
+def test_anchor_starts_at_zero_and_the_original_never_moves_nor_is_saved(anchor, make, tmp_path):
+    method, inputs = make(anchor=anchor, anchor_weight=2.0, optimizer={"name": "SGD", "lr": 1.0}), batch(4)
+    assert method.reads == (("caption",) if anchor == "similarities" else ())
+    before = {name: tensor.clone() for name, tensor in method.original.state_dict().items()}
+    assert terms(method, inputs)["anchor"].item() == pytest.approx(0, abs=1e-5)
+    fit(method, tmp_path, steps=2)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in method.original.state_dict().items())
+    assert method.original.text is method.backbone.text
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert saved.keys() == method.trained_names()
+    assert not [name for name in saved if name.startswith("original")]
+
+    new, old = (F.normalize(clip.encode_image(inputs["image"]), dim=-1) for clip in (method.backbone, method.original))
+    if anchor == "features":
+        drift = feature_drift(new, old)
+    else:
+        text = F.normalize(method.backbone.encode_text(method.backbone.tokenize(inputs["caption"])), dim=-1)
+        drift = similarity_drift(new, old, text, method.backbone.logit_scale.exp())
+    assert drift > 1e-4
+    torch.testing.assert_close(terms(method, inputs)["anchor"], 2 * drift, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("train", "blocks", "belongs"),
+    [
+        ("visual", None, lambda name: True),
+        ("norms", None, lambda name: "ln_" in name),
+        ("blocks", 1, lambda name: "resblocks.1." in name or "ln_post" in name or name.endswith("visual.proj")),
+        ("blocks", 2, lambda name: "resblocks." in name or "ln_post" in name or name.endswith("visual.proj")),
+    ],
+)
+def test_named_part_of_the_tower_trains_and_all_of_it_is_reached(train, blocks, belongs, make):
+    """A trained weight without a gradient would let DDP hang."""
+    method = make(train=train, train_blocks=blocks)
+    tower = {name for name, _ in method.named_parameters() if ".visual." in name and belongs(name)}
+    assert method.trained_names() == tower | {"visual_proj.weight", "visual_proj.bias"}
+    assert gradients(method, batch(3)).keys() == method.trained_names()
+
+
+def test_towers_without_open_clips_blocks_are_refused():
+    with pytest.raises(ValueError, match="not for Linear: choose"):
+        trained_parts(torch.nn.Linear(2, 2), "blocks", 1)
+
+
+STRICT = [
+    {"name": "AdamW", "lr": 1e-2, "momentum": None, "weight_decay": 0.5},
+    {"name": "SGD", "lr": 1e-1, "momentum": 0.9, "weight_decay": 0.5},
+]
+
+
+@pytest.mark.parametrize("optimizer", STRICT, ids=lambda settings: settings["name"])
+def test_stage_one_moves_the_projection_alone_and_resumes_across_its_end(optimizer, make, tmp_path):
+    def run(folder, steps, resume=None):
+        method = make(projection_steps=2, optimizer=optimizer, caption_weight=1.0, anchor="features")
+        trainer = fit(method, tmp_path / folder, steps, resume)
+        return dict(method.named_parameters()), trainer.optimizers[0].state
+
+    start = dict(make().named_parameters())
+    first, _ = run("parts", 2)
+    assert all(torch.equal(p, start[name]) for name, p in first.items() if name.startswith("backbone."))
+    assert not torch.equal(first["visual_proj.weight"], start["visual_proj.weight"])
+
+    whole, state = run("whole", 4)
+    assert not torch.equal(whole["backbone.model.visual.proj"], start["backbone.model.visual.proj"])
+    if optimizer["name"] == "AdamW":  # the tower's moments know nothing of stage one
+        assert state[whole["visual_proj.weight"]]["step"] == 4
+        assert state[whole["backbone.model.visual.proj"]]["step"] == 2
+    rest, _ = run("parts", 4, tmp_path / "parts" / "last.ckpt")
+    assert all(torch.equal(p, whole[name]) for name, p in rest.items())
+
+
+def test_watching_sees_three_conditions_and_changes_nothing(make):
+    method, inputs = make(watch_every=2, anchor="features"), batch(4)
+    quiet = make(anchor="features")
+    assert torch.equal(terms(method, inputs)["denoising"], terms(quiet, inputs)["denoising"])
+    assert quiet.notes == {}
+    assert method.notes.keys() == {"denoising/right", "denoising/shuffled", "denoising/null", "drift/features"}
+    assert method.notes["denoising/right"] == terms(quiet, inputs)["denoising"].item()
+    shuffled = make(control="shuffled", anchor="features")
+    assert method.notes["denoising/shuffled"] == terms(shuffled, inputs)["denoising"].item()
+    with torch.no_grad():  # tokens of nothing leave the null text
+        for silent in quiet.visual_proj.parameters():
+            silent.zero_()
+    assert method.notes["denoising/null"] == pytest.approx(terms(quiet, inputs)["denoising"].item(), rel=1e-5)
+    assert method.notes["drift/features"] == pytest.approx(0, abs=1e-6)
+    for batches_seen, training, looks in ((1, True, False), (2, True, True), (2, False, False)):
+        method.batches_seen, method.notes = batches_seen, {}
+        method.train(training)
+        terms(method, inputs)
+        assert bool(method.notes) == looks
+
+
+# -- experiments -------------------------------------------------------------------------------------------------------
+
+TOKENS = {  # what the reference's table says: tokens of an image in the condition
+    "vit-l14": 77,
+    "vit-l14-336": 77,
+    "metaclip-l14": 257,
+    "metaclip-h14": 257,
+    "dfn-h14": 257,
+    "dfn-h14-378": 365,
+    "siglip-so400m": 5,
+    "siglip-so400m-384": 5,
+}
+
+
+@pytest.mark.parametrize("backbone", TOKENS)
+def test_each_of_the_references_models_has_its_experiment(backbone):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("config", [f"experiment=diva-{backbone}"])
+    assert config.backbone == OmegaConf.load(CONF / "backbone" / f"{backbone}.yaml")
+    assert "stable-diffusion-2-1-base" in config.diffusion.path
+    settings = OmegaConf.to_container(config.method)
+    assert settings.pop("_target_") == "clipfix.methods.diva.DIVA"
+    assert settings.pop("_convert_") == "all"
+    inspect.signature(DIVA.__init__).bind(None, backbone=None, **settings)
+    assert (settings["steps"], settings["optimizer"]["name"], settings["optimizer"]["lr"]) == (4600, "SGD", 1e-4)
+    assert 8 * config.data.batch_size * config.trainer.accumulate_grad_batches == 640
+    assert config.trainer.precision == "bf16-mixed"
+
+    side = open_clip.get_model_config(config.backbone.name)["vision_cfg"]["image_size"] // 14
+    pick, _ = PATCH_RULES[settings["patches"]]
+    tokens = torch.cat(
+        [torch.zeros(1, 1, 3), pick(torch.zeros(1, side**2, 3), cpu_draw, settings["patch_amount"])], dim=1
+    )
+    assert condition_from_tokens(tokens, torch.zeros(77, 3), settings["null_text"]).shape[1] == TOKENS[backbone]
+
+
+def test_experiments_are_these_and_the_tiny_one():
+    found = {path.stem.removeprefix("diva-") for path in (CONF / "experiment").glob("diva-*.yaml")}
+    assert found == {*TOKENS, "reference-tiny"}

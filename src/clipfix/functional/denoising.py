@@ -1,7 +1,7 @@
-"""The denoising loss of latent diffusion models."""
+"""The denoising loss of latent diffusion models, and at which noise levels it is asked."""
 
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -16,3 +16,18 @@ def denoising_loss(
     accumulation steps, which weighs them 5:1.
     """
     return F.mse_loss(predicted.float(), target.float())
+
+
+def logit_normal_timesteps(
+    normal: Float[Tensor, "*shape"], mean: float, sd: float, low: int, high: int
+) -> Int[Tensor, "*shape"]:
+    """Timesteps in [low, high) whose place in between is the sigmoid of a normal variable: the middle comes most often.
+
+    `normal` holds standard normal draws. A mean above 0 moves them to more noise, a smaller `sd` gathers them.
+
+    Source: Stable Diffusion 3 (arXiv 2403.03206), section 3.1; GenHancer (arXiv 2503.19480), mean 0 and sd 1.
+    Departs: both draw the time of a rectified flow, which is its share of noise; here it is the share of the timesteps
+    that a diffusion model counts.
+    """
+    share = (mean + sd * normal).sigmoid()
+    return (low + share * (high - low)).long().clamp(max=high - 1)  # far out the sigmoid is 1

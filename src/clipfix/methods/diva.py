@@ -1,5 +1,6 @@
 """DIVA: a frozen text-to-image diffusion model tells CLIP's visual tower what it missed (arXiv 2407.20171)."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from clipfix.backbone import Backbone
 from clipfix.diffusion import Diffusion
-from clipfix.functional.denoising import denoising_loss
+from clipfix.functional.anchors import feature_drift, similarity_drift
+from clipfix.functional.denoising import denoising_loss, logit_normal_timesteps
 from clipfix.methods.base import Method
 
 Patches = Float[Tensor, "b n d"]
@@ -89,22 +91,52 @@ def condition_from_tokens(
     return tokens + null
 
 
+# -- which weights of the visual tower train; `method.train` names them ------------------------------------------------
+
+
+def trained_parts(visual: Any, train: str, blocks: int | None) -> list[nn.Module | nn.Parameter]:
+    """The whole tower; its layer norms; or its last blocks with what follows them, the final norm and projection."""
+    if blocks is not None and train != "blocks":
+        raise ValueError(f"method.train_blocks is {blocks}, but method.train is {train}: set method.train=blocks.")
+    if train == "visual":
+        return [visual]
+    if train == "norms":
+        return [module for module in visual.modules() if isinstance(module, nn.LayerNorm)]
+    layers = getattr(getattr(visual, "transformer", None), "resblocks", None)
+    if layers is None:
+        raise ValueError(
+            "method.train=blocks is for the vision transformers of open_clip's own (ViT-L-14-quickgelu, "
+            f"ViT-H-14-quickgelu, ...), not for {type(visual).__name__}: choose method.train=visual or norms."
+        )
+    if blocks is None or not 1 <= blocks <= len(layers):
+        raise ValueError(f"method.train_blocks is {blocks}: train the last 1 to {len(layers)} blocks of this tower.")
+    return [*layers[-blocks:], visual.ln_post, visual.proj]
+
+
 # -- the method --------------------------------------------------------------------------------------------------------
 
 
 class DIVA(Method):
     """The visual tower learns to describe an image so well that a frozen diffusion model can denoise it.
 
-    Trained: the visual tower and one linear projection from CLIP's joint space to the cross-attention space. The text
-    tower and the whole diffusion model stay bit-identical. The tower runs once a batch, and all `draws` of noise and
-    timestep share its tokens.
+    Trained: the visual tower, or what `train` names of it, and one linear projection from CLIP's joint space to the
+    cross-attention space. The text tower and the whole diffusion model stay bit-identical. The tower runs once a batch,
+    and all `draws` of noise and timestep share its tokens.
+
+    Feedback alone has no reason to keep the tower where the text tower looks for it. Hence the switches of DIVA's
+    successors: which `timesteps` are asked, `projection_steps` in which the projection finds its way before the tower
+    moves, an `anchor` at the tower as it was, and captions beside the feedback (`caption_weight`). And hence the
+    controls: what a run with `control: shuffled` gains, each image conditioned on another's description, was not
+    learned from the image; `control: off` with captions is the caption loss alone.
 
     Source: DIVA (arXiv 2407.20171), equation 2 and figure 3; token rules from the authors' code.
     Departs: the draws weigh the same (see `denoising_loss`); the VAE sees the image itself, where the reference
-    un-normalizes it with the constants of another data set.
+    un-normalizes it with the constants of another data set. GenHancer (arXiv 2503.19480) trains its stages as two runs
+    with a schedule each; here one schedule spans both.
     """
 
     null: Tensor
+    original: Backbone | None
 
     def __init__(
         self,
@@ -114,25 +146,68 @@ class DIVA(Method):
         patch_amount: int | float | None,
         null_text: str,
         draws: int,
+        timesteps: dict[str, Any],
+        train: str,
+        train_blocks: int | None,
+        projection_steps: int,
+        anchor: str | None,
+        anchor_weight: float,
+        caption_weight: float,
+        control: str | bool | None,
+        watch_every: int,
         optimizer: dict[str, Any],
         steps: int,
         warmup_steps: int,
     ):
         super().__init__(backbone, optimizer, steps, warmup_steps)
-        if null_text not in ("tokenwise", "mean"):
-            raise ValueError(f"method.null_text is {null_text}: choose tokenwise or mean.")
+        self.control = "off" if control is False else control  # a bare `off` is false to yaml
+        for key, value, choices in (
+            ("null_text", null_text, ("tokenwise", "mean")),
+            ("timesteps.law", timesteps["law"], ("uniform", "logit_normal")),
+            ("train", train, ("visual", "norms", "blocks")),
+            ("anchor", anchor, (None, "features", "similarities")),
+            ("control", self.control, (None, "shuffled", "off")),
+        ):
+            if value not in choices:
+                names = [choice or "null" for choice in choices]
+                raise ValueError(f"method.{key} is {value}: choose {', '.join(names[:-1])} or {names[-1]}.")
         if patches not in PATCH_RULES:
             raise ValueError(f"method.patches is {patches}: choose from {', '.join(PATCH_RULES)}.")
         rule, kind = PATCH_RULES[patches]
         if not isinstance(patch_amount, kind):
             raise ValueError(f"method.patch_amount is {patch_amount}: method.patches={patches} takes {kind.__name__}.")
+        low, high = timesteps["range"] or (0, diffusion.num_timesteps)
+        if not 0 <= low < high <= diffusion.num_timesteps:
+            raise ValueError(
+                f"method.timesteps.range is [{low}, {high}]: give its first timestep and the one after its last, "
+                f"between 0 and the diffusion model's {diffusion.num_timesteps}."
+            )
+        if not 0 <= projection_steps <= steps:
+            raise ValueError(f"method.projection_steps is {projection_steps}: set it between 0 and {steps}, the steps.")
+        if self.control == "off" and (projection_steps or not caption_weight):
+            raise ValueError(
+                "method.control=off leaves no feedback to train with, and no projection: set method.caption_weight "
+                "above 0 and method.projection_steps=0."
+            )
         self.diffusion = diffusion
         self.pick_patches = partial(rule, draw=self.draw, amount=patch_amount)
         self.null_text = null_text
         self.draws = draws
+        self.timesteps, self.timestep_range = timesteps, (low, high)
+        self.projection_steps = projection_steps
+        self.anchor, self.anchor_weight, self.caption_weight = anchor, anchor_weight, caption_weight
+        self.watch_every = watch_every
+        self.reads = ("caption",) if caption_weight or anchor == "similarities" else ()
+
         self.visual_proj = nn.Linear(backbone.embed_dim, diffusion.condition_dim)
+        self.visual_proj.requires_grad_(self.control != "off")
         backbone.requires_grad_(False)
-        backbone.visual.requires_grad_(True)
+        # The original shares the text tower, which never trains. Frozen, it stays out of checkpoints.
+        self.original = copy.deepcopy(backbone, {id(backbone.text): backbone.text}) if anchor else None
+        if self.original is not None:
+            self.original.visual.eval()
+        for part in trained_parts(backbone.visual, train, train_blocks):
+            part.requires_grad_(True)
         # The null text never changes: one pass here instead of one a step.
         self.register_buffer("null", diffusion.condition([""])[0].float(), persistent=False)
 
@@ -140,20 +215,88 @@ class DIVA(Method):
     def image_size(self) -> int:
         return max(self.backbone.image_size, self.diffusion.image_size)
 
-    def condition(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b m c"]:
+    def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        pooled, patches = self.backbone.visual_tokens(batch["image"])
+        image = F.normalize(pooled.float(), dim=-1)
+        text = self.texts(batch["caption"]) if self.reads else None
+        terms = {}
+        if self.control != "off":
+            terms["denoising"] = self.feedback(batch["image"], self.condition(pooled, patches))
+        if self.caption_weight and text is not None:
+            terms["caption"] = self.caption_weight * self.contrast(image, text, label_smoothing=0.0)
+        if self.original is not None:
+            with torch.no_grad():
+                original = F.normalize(self.original.encode_image(batch["image"]).float(), dim=-1)
+            if self.watching:
+                self.note("drift/features", feature_drift(image, original).item())
+            terms["anchor"] = self.anchor_weight * self.drift(image, original, text)
+        return terms
+
+    # -- feedback -----------------------------------------------------------------------------------------------------
+
+    def condition(self, pooled: Float[Tensor, "b d"], patches: Patches) -> Float[Tensor, "b m c"]:
         """What the diffusion model is told of each image."""
-        pooled, patches = self.backbone.visual_tokens(images)
         tokens = torch.cat([pooled[:, None], self.pick_patches(patches)], dim=1)
         return condition_from_tokens(self.visual_proj(tokens), self.null, self.null_text)
 
-    def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        latents = self.diffusion.encode(batch["image"])
-        condition = self.condition(batch["image"])
+    def feedback(self, images: Float[Tensor, "b 3 h w"], condition: Float[Tensor, "b m c"]) -> Float[Tensor, ""]:
+        """The denoising loss, told of each image or, in the control, of another one."""
+        latents = self.diffusion.encode(images)
         rows, *shape = latents.shape
         noise = self.draw(torch.randn, rows=rows, shape=(self.draws, *shape)).flatten(0, 1)
-        timesteps = self.draw(torch.randint, 0, self.diffusion.num_timesteps, rows=rows, shape=(self.draws,)).flatten()
-
+        timesteps = self.draw_timesteps(rows).flatten()
         latents = latents.repeat_interleave(self.draws, dim=0)
-        noisy = self.diffusion.add_noise(latents, noise, timesteps)
-        predicted = self.diffusion.predict(noisy, timesteps, condition.repeat_interleave(self.draws, dim=0))
-        return {"denoising": denoising_loss(predicted, self.diffusion.target(latents, noise, timesteps))}
+        noisy, target = (make(latents, noise, timesteps) for make in (self.diffusion.add_noise, self.diffusion.target))
+
+        def error(told: Float[Tensor, "b t c"]) -> Float[Tensor, ""]:
+            predicted = self.diffusion.predict(noisy, timesteps, told.repeat_interleave(self.draws, dim=0))
+            return denoising_loss(predicted, target)
+
+        if self.watching:
+            null = self.null.expand(rows, -1, -1)
+            with torch.no_grad():
+                for name, told in {"right": condition, "shuffled": self.of_others(condition), "null": null}.items():
+                    self.note(f"denoising/{name}", error(told).item())
+        return error(self.of_others(condition) if self.control == "shuffled" else condition)
+
+    def draw_timesteps(self, rows: int) -> Int[Tensor, "b k"]:
+        """This rank's timesteps, `draws` an image."""
+        if self.timesteps["law"] == "uniform":
+            return self.draw(torch.randint, *self.timestep_range, rows=rows, shape=(self.draws,))
+        normal = self.draw(torch.randn, rows=rows, shape=(self.draws,))
+        return logit_normal_timesteps(normal, self.timesteps["mean"], self.timesteps["sd"], *self.timestep_range)
+
+    def of_others(self, condition: Float[Tensor, "b m c"]) -> Float[Tensor, "b m c"]:
+        """For each image the condition of the one half a batch further on, all ranks together.
+
+        As far away as can be: where look-alikes follow each other, the next image would be almost the right one.
+        """
+        joined = self.gather(condition)
+        if self.training and len(joined) < 2:  # the last batch of a validation split may be that short
+            raise ValueError("A batch of one image has no other to take the condition from: raise data.batch_size.")
+        return joined.roll(-(len(joined) // 2), dims=0)[self.rank * len(condition) :][: len(condition)]
+
+    @property
+    def watching(self) -> bool:
+        """Whether this batch is looked at more closely; the logger shows what was seen until the next look."""
+        return self.training and self.watch_every > 0 and self.batches_seen % self.watch_every == 0
+
+    # -- what keeps CLIP where it was ---------------------------------------------------------------------------------
+
+    def texts(self, captions: list[str]) -> Float[Tensor, "b d"]:
+        """Captions in the joint space, of unit norm; no gradient reaches their tower."""
+        return F.normalize(self.backbone.encode_text(self.backbone.tokenize(captions)).float(), dim=-1)
+
+    def drift(
+        self, image: Float[Tensor, "b d"], original: Float[Tensor, "b d"], text: Float[Tensor, "b d"] | None
+    ) -> Float[Tensor, ""]:
+        """How far the visual tower has moved, as `anchor` sees it."""
+        if text is None or self.anchor == "features":
+            return feature_drift(image, original)
+        return similarity_drift(image, original, self.gather(text), self.backbone.logit_scale.exp())
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Stage one: a weight without a gradient is one that no optimizer touches, by decay or momentum either."""
+        if self.global_step < self.projection_steps:
+            for parameter in self.backbone.parameters():
+                parameter.grad = None
