@@ -37,6 +37,9 @@ SIZES = {
     "pairs_selection": 2,
     "pairs_test": 2,
     "summaries_test": 3,
+    "train_junk": 0.08,  # one world for every method, whatever its recipe asks for
+    "train_wrong": 0.05,
+    "popular": 0,
     "processes": 1,
 }
 WORLD = [f"data.prepare.{name}={size}" for name, size in SIZES.items()]
