@@ -264,15 +264,16 @@ def test_other_sentences_are_drawn_anew_in_every_pass(tmp_path: Path) -> None:
 def stored(number: int, strings: list[str]) -> bytes:
     """A member whose rows tell the sample and the place of the text: [number, place]."""
     text = np.array([[number, place] for place in range(len(strings))], np.float16)
-    np.savez(buffer := io.BytesIO(), image=np.array([number, 0.5], np.float16), text=text, strings=np.array(strings))
+    arrays = {"text": text, "strings": np.array(strings), "keys": np.array(["txt", "captions"])}
+    np.savez(buffer := io.BytesIO(), image=np.array([number, 0.5], np.float16), **arrays)
     return buffer.getvalue()
 
 
 FEATURED = {
     "caption": {"key": "txt", "pick": "one"},
     "captions": {"key": "captions", "pick": "random", "k": 3},
-    "short": {"key": "long", "pick": "first_sentence"},
-    "other": {"key": "long", "pick": "other_sentences"},
+    "short": {"key": "captions", "pick": "first_sentence"},  # changed, so not looked up
+    "label": {"key": "long", "pick": "one"},  # nobody encoded it
 }
 
 
@@ -328,15 +329,15 @@ def test_features_change_no_draw_and_are_not_read_for_selection(tmp_path: Path) 
     ("texts", "features", "message"),
     [
         (
-            {"long": {"key": "long", "pick": "one"}},
+            {"captions": {"key": "captions", "pick": "one"}},
             "features.npz",
-            r"nothing of the long 'A\. B\. C\.': .*annotator\.keys",
+            "nothing of the captions 'written later': annotate these shards again",
         ),
         (CAPTION, "latents.npz", r"no latents\.npz: make it by run=annotate annotator=features"),
     ],
 )
 def test_features_that_no_sample_has_stop_the_run(texts: Any, features: str, message: str, tmp_path: Path) -> None:
-    members = {"png": encoded(picture(1)), "txt": "raw", "json": {"long": "A. B. C."}}
+    members = {"png": encoded(picture(1)), "txt": "raw", "json": {"captions": ["written later"]}}
     pack(tmp_path / "0.tar", {"1": members | {"features.npz": stored(1, ["raw"])}})
     with pytest.raises(ValueError, match=f"no usable sample .*{message}"):
         next(iter(shard_data(str(tmp_path), texts=texts, features=features).train_dataloader()))

@@ -298,6 +298,8 @@ def main() -> None:
 
 def explain(error: BaseException) -> str:
     """The error's own words, and for a mistyped key the keys that exist."""
+    if "Original Traceback" in str(error):  # of a worker process: only its last line is for the user
+        return str(error).strip().rpartition("\nValueError: ")[2]
     cause = error.__cause__
     if isinstance(cause, ValueError):  # hydra wraps what a constructor raised in its own text
         return str(cause)

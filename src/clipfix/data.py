@@ -123,20 +123,23 @@ def other_sentences(text: str, rng: random.Random) -> str:
     return ". ".join(rng.sample(others, rng.randint(1, len(others)))).strip()
 
 
-def look_up(raw: Mapping[str, Any], member: str, texts: Mapping[str, list[str]]) -> dict[str, Tensor]:
-    """What `run=annotate annotator=features` stored: `image` [1, d], and by name those of drawn texts [k, d]."""
+def look_up(
+    raw: Mapping[str, Any], member: str, texts: Mapping[str, Text], drawn: Mapping[str, list[str]]
+) -> dict[str, Tensor]:
+    """What `run=annotate annotator=features` stored: `image` [1, d], and [k, d] of drawn texts whose key it encoded."""
     if member not in raw:
         raise ValueError(f"no {member}: make it by run=annotate annotator=features, or set data.features=null")
     with np.load(io.BytesIO(raw[member]), allow_pickle=False) as stored:
         image, rows = (torch.from_numpy(stored[name]).float() for name in ("image", "text"))
         row = {text: i for i, text in enumerate(stored["strings"].tolist())}
+        keys = stored["keys"].tolist()
     found = {"image": image[None]}
-    for name, drawn in texts.items():
-        if absent := [text for text in drawn if text not in row]:
-            raise ValueError(
-                f"{member} has nothing of the {name} {absent[0]!r}: annotate again with its json key in annotator.keys"
-            )
-        found[name] = rows[[row[text] for text in drawn]]
+    for name, text in texts.items():
+        if not text.whole or text.key not in keys:
+            continue
+        if absent := [string for string in drawn[name] if string not in row]:
+            raise ValueError(f"{member} has nothing of the {name} {absent[0]!r}: annotate these shards again")
+        found[name] = rows[[row[string] for string in drawn[name]]]
     return found
 
 
@@ -237,8 +240,7 @@ class ShardStream(IterableDataset):
         }
         sample = {"key": sample["key"], "image": square(sample["image"], self.image_size), "texts": texts}
         if self.features is not None:
-            whole = {name: drawn for name, drawn in texts.items() if self.texts[name].whole}
-            sample["features"] = look_up(raw, self.features, whole)
+            sample["features"] = look_up(raw, self.features, self.texts, texts)
         return sample
 
 

@@ -16,7 +16,7 @@ MEMBER = "features.npz"
 
 
 class Features(Annotator):
-    """`features.npz` of each sample: `image` [d], `text` [m, d] and their `strings` [m]; unit norm, kept in half.
+    """`features.npz` of each sample: `image` [d], `text` [m, d], their `strings` [m], `keys`; of unit norm, in half.
 
     The texts are the sample's txt, if it has one, and all strings under `keys` of its json, each once. Computed as
     scores are: in fp32, the picture's shorter side resized and its centre cut out.
@@ -24,7 +24,7 @@ class Features(Annotator):
 
     def __init__(self, output: str, batch_size: int, backbone: Backbone, keys: list[str]) -> None:
         super().__init__(output, batch_size)
-        self.backbone = backbone.requires_grad_(False)
+        self.backbone, self.keys = backbone.requires_grad_(False), keys
         self.prepare = partial(read, keys, backbone.image_size)
 
     def annotate(self, raws: list[Raw], inputs: dict[str, Any]) -> list[dict[str, bytes]]:
@@ -36,7 +36,8 @@ class Features(Annotator):
         for image, part, texts in zip(images, parts, inputs["texts"], strict=True):
             file = io.BytesIO()
             # Compressed for the strings: four bytes a letter, and each as long as the longest.
-            np.savez_compressed(file, image=image, text=part.numpy(), strings=np.array(texts))
+            arrays = {"image": image, "text": part.numpy(), "strings": np.array(texts)}
+            np.savez_compressed(file, keys=np.array(["txt", *self.keys]), **arrays)
             members.append({MEMBER: file.getvalue()})
         return members
 

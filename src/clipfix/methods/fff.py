@@ -203,6 +203,11 @@ class FFF(Method):
         names = dict.fromkeys((*self.names, self.compare))
         if self.reference is None:
             found, rows = batch["features"], len(batch["image"])
+            if absent := [name for name in names if name not in found]:
+                raise ValueError(
+                    f"The stored features are not of data.texts.{absent[0]}: run=annotate annotator=features again "
+                    "with its json key in annotator.keys, or name a method.reference."
+                )
             return found["image"], {name: found[name].unflatten(0, (rows, -1)) for name in names}
         self.reference.eval()
         return self.images(self.reference, batch), self.encode_texts(self.reference, batch, names)
