@@ -5,7 +5,6 @@ whole shards with their counts, and the next run makes the others.
 """
 
 import contextlib
-import io
 import json
 import logging
 import tarfile
@@ -22,6 +21,8 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import track
 from rich.table import Table
+
+from clipfix.writing import add_sample, put_json
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +140,7 @@ def claim(folder: Path, info: dict[str, int]) -> None:
     path = folder / "info.json"
     found = json.loads(path.read_text()) if path.exists() else None
     if found is None and not any(folder.glob("*.tar")):
-        put(path, info)
+        put_json(path, info)
     elif found != info:
         found = found or "shards without info.json"
         raise ValueError(f"{folder} holds {found}, asked for {info}: delete it or set another data.prepare.folder")
@@ -171,7 +172,7 @@ def write(folder: Path, images: Path, shard: Shard) -> None:
     fates: dict[str, Counter[str]] = {}
     draft = folder / f".{shard.name}.{uuid.uuid4().hex}.part"
     try:
-        with tarfile.open(draft, "x") as tar:  # the standard library's entries carry no time and no user
+        with tarfile.open(draft, "x") as tar:
             for record in shard.records:
                 fates.setdefault(record.source, Counter())[pack(tar, images, record)] += 1
         if total(fates)["written"]:
@@ -180,7 +181,7 @@ def write(folder: Path, images: Path, shard: Shard) -> None:
                 draft.replace(folder / f"{shard.name}.tar")
     finally:
         draft.unlink(missing_ok=True)
-    put(folder / f"{shard.name}.json", fates)
+    put_json(folder / f"{shard.name}.json", fates)
 
 
 def pack(tar: tarfile.TarFile, images: Path, record: Record) -> str:
@@ -194,19 +195,8 @@ def pack(tar: tarfile.TarFile, images: Path, record: Record) -> str:
     if not record.caption:
         return "no caption"
     text = json.dumps({"long": record.caption, "source": record.source}).encode()
-    for extension, content in ((suffix, path.read_bytes()), ("json", text)):
-        member = tarfile.TarInfo(f"{record.number:07d}.{extension}")
-        member.size = len(content)
-        tar.addfile(member, io.BytesIO(content))
+    add_sample(tar, f"{record.number:07d}", {suffix: path.read_bytes(), "json": text})
     return "written"
-
-
-def put(path: Path, content: Any) -> None:
-    """Writes a json file, whole or not at all."""
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    draft.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-    with contextlib.suppress(FileNotFoundError):  # as in `write`
-        draft.replace(path)
 
 
 def counts(folder: Path, name: str) -> dict[str, Counter[str]]:

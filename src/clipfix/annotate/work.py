@@ -5,7 +5,6 @@ whole shards with their counts, and the next run makes the others.
 """
 
 import contextlib
-import io
 import json
 import re
 import tarfile
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from clipfix.shards import expand
+from clipfix.writing import add_sample, put_json
 
 SETTINGS = "annotator.json"  # in the output folder: what all its shards were made by
 PLACE = ("output", "batch_size")  # keys of an annotator that change nothing in its shards
@@ -72,7 +72,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
         made = f"made with {'; '.join(differ)}" if found else f"without {SETTINGS}"
         raise ValueError(f"{folder} holds shards {made}: choose another annotator.output or delete the folder")
     folder.mkdir(parents=True, exist_ok=True)
-    put(path, settings)
+    put_json(path, settings)
 
 
 def finished(folder: Path, name: str, url: str) -> bool:
@@ -94,14 +94,6 @@ def size(url: str) -> int | None:
     return None if urlsplit(url).scheme else Path(url).stat().st_size
 
 
-def put(path: Path, content: Any) -> None:
-    """Writes a json file, whole or not at all."""
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    draft.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-    with contextlib.suppress(FileNotFoundError):  # somebody who finished the folder swept it up, see `annotate`
-        draft.replace(path)
-
-
 class Draft:
     """A shard that is being written, under another name until it is whole."""
 
@@ -112,12 +104,8 @@ class Draft:
         self.tar = tarfile.open(self.path, "x")  # noqa: SIM115  closed when the shard is whole
 
     def add(self, raw: Raw) -> None:
-        """One sample. Entries of the standard library's tar carry no time and no user."""
-        for suffix, content in raw.items():
-            if not suffix.startswith("__"):
-                member = tarfile.TarInfo(f"{raw['__key__']}.{suffix}")
-                member.size = len(content)
-                self.tar.addfile(member, io.BytesIO(content))
+        """One sample."""
+        add_sample(self.tar, raw["__key__"], {name: part for name, part in raw.items() if not name.startswith("__")})
         self.counts["samples"] += 1
 
     def finish(self, broken: str | None) -> None:
@@ -130,7 +118,7 @@ class Draft:
             with contextlib.suppress(FileNotFoundError):
                 self.path.replace(self.folder / f"{self.name}.tar")
         self.path.unlink(missing_ok=True)
-        put(self.folder / f"{self.name}.json", {**self.counts, "bytes": size(self.url), "broken": broken})
+        put_json(self.folder / f"{self.name}.json", {**self.counts, "bytes": size(self.url), "broken": broken})
 
     def discard(self) -> None:
         self.tar.close()

@@ -185,6 +185,19 @@ class Method(L.LightningModule, ABC):
         self.batches_seen = checkpoint["batches_seen"]
 
 
+def check_choice(key: str, value: object, *choices: str | None) -> None:
+    """Refuses a value of `method.<key>` that is none of those that there are."""
+    if value not in choices:
+        names = [choice or "null" for choice in choices]
+        raise ValueError(f"method.{key} is {value}: choose {', '.join(names[:-1])} or {names[-1]}.")
+
+
+def by_sample(batch: dict[str, Any], name: str) -> list[list[str]]:
+    """The texts of that name, those of each sample together."""
+    each = len(batch[name]) // len(batch["image"])
+    return [batch[name][start : start + each] for start in range(0, len(batch[name]), each)]
+
+
 class Gather(torch.autograd.Function):
     """all_gather whose backward sums over ranks what each rank's loss asks of these rows; DDP then averages.
 

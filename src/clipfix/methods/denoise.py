@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from clipfix.backbone import Backbone
 from clipfix.diffusion import Diffusion
 from clipfix.functional.denoising import denoising_loss
-from clipfix.methods.base import Method
+from clipfix.methods.base import Method, by_sample
 
 
 class Denoise(Method):
@@ -109,5 +109,4 @@ class Denoise(Method):
 
 def joined_texts(batch: dict[str, Any]) -> list[str]:
     """All texts of a picture as one: each captioner's caption says other details, together they say most."""
-    each = len(batch["caption"]) // len(batch["image"])
-    return [". ".join(batch["caption"][start : start + each]) for start in range(0, len(batch["caption"]), each)]
+    return [". ".join(texts) for texts in by_sample(batch, "caption")]

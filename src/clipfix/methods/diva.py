@@ -14,7 +14,7 @@ from clipfix.backbone import Backbone
 from clipfix.diffusion import Diffusion
 from clipfix.functional.anchors import feature_drift, similarity_drift
 from clipfix.functional.denoising import denoising_loss, logit_normal_timesteps
-from clipfix.methods.base import Method
+from clipfix.methods.base import Method, check_choice
 
 Patches = Float[Tensor, "b n d"]
 Picked = Float[Tensor, "b m d"]
@@ -161,16 +161,11 @@ class DIVA(Method):
     ):
         super().__init__(backbone, optimizer, steps, warmup_steps)
         self.control = "off" if control is False else control  # a bare `off` is false to yaml
-        for key, value, choices in (
-            ("null_text", null_text, ("tokenwise", "mean")),
-            ("timesteps.law", timesteps["law"], ("uniform", "logit_normal")),
-            ("train", train, ("visual", "norms", "blocks")),
-            ("anchor", anchor, (None, "features", "similarities")),
-            ("control", self.control, (None, "shuffled", "off")),
-        ):
-            if value not in choices:
-                names = [choice or "null" for choice in choices]
-                raise ValueError(f"method.{key} is {value}: choose {', '.join(names[:-1])} or {names[-1]}.")
+        check_choice("null_text", null_text, "tokenwise", "mean")
+        check_choice("timesteps.law", timesteps["law"], "uniform", "logit_normal")
+        check_choice("train", train, "visual", "norms", "blocks")
+        check_choice("anchor", anchor, None, "features", "similarities")
+        check_choice("control", self.control, None, "shuffled", "off")
         if patches not in PATCH_RULES:
             raise ValueError(f"method.patches is {patches}: choose from {', '.join(PATCH_RULES)}.")
         rule, kind = PATCH_RULES[patches]

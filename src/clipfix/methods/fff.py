@@ -1,6 +1,6 @@
 """FFF: pairs that the data wrongly calls negatives are found and trained as positives (arXiv 2405.10286)."""
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import partial
 from hashlib import blake2b
@@ -15,7 +15,7 @@ from clipfix.backbone import Backbone
 from clipfix.functional.contrastive import many_positives_loss
 from clipfix.functional.positives import Frozen, Positives, Thresholds, itself, mine, thresholds_for
 from clipfix.functional.sigmoid import best_bias, sigmoid_loss
-from clipfix.methods.base import Method
+from clipfix.methods.base import Method, by_sample, check_choice
 
 SAMPLED = 2048  # samples of the first batch from which counts become cosines
 REASONS = ("image_text", "image_image", "text_text")  # conditions that promote a pair, as `Positives` names them
@@ -23,11 +23,12 @@ NOTHING = Thresholds(*[float("inf")] * 4)  # no cosine passes
 
 
 class Known(NamedTuple):
-    """What tells which of n samples belong together: a reference's features, labels, or neither."""
+    """What tells which of n samples belong together: a reference's features and thresholds, labels, or neither."""
 
     samples: int
     captions: int
     frozen: Frozen | None
+    bars: Thresholds
     same: Int[Tensor, " n"] | None
 
     def rows(self, part: slice) -> "Known":
@@ -35,6 +36,7 @@ class Known(NamedTuple):
             len(range(*part.indices(self.samples))),
             self.captions,
             self.frozen and self.frozen.rows(part),
+            self.bars,
             None if self.same is None else self.same[part],
         )
 
@@ -93,16 +95,10 @@ class FFF(Method):
         warmup_steps: int,
     ):
         super().__init__(backbone, optimizer, steps, warmup_steps)
-        for key, value, choices in (
-            ("objective", objective, ("sigmoid", "softmax")),
-            ("thresholds_are", thresholds_are, ("cosines", "extra")),
-            ("control", control, (None, "shuffled")),
-            ("mean_over", mean_over, ("images", "entries")),
-        ):
-            if value not in choices:
-                raise ValueError(
-                    f"method.{key} is {value}: choose {' or '.join(map(str, choices)).replace('None', 'null')}."
-                )
+        check_choice("objective", objective, "sigmoid", "softmax")
+        check_choice("thresholds_are", thresholds_are, "cosines", "extra")
+        check_choice("control", control, None, "shuffled")
+        check_choice("mean_over", mean_over, "images", "entries")
         if not texts:
             raise ValueError("method.texts is empty: name one or more of data.texts, as in method.texts=[captions].")
         if tile < 1:
@@ -134,6 +130,7 @@ class FFF(Method):
         if self.extra is not None and known.frozen is not None:
             bars = thresholds_for(known.frozen.rows(slice(SAMPLED)), self.extra, among=known.samples)
             self.bars.copy_(torch.tensor(bars))
+            known = known._replace(bars=bars)
         if self.objective == "sigmoid" and self.start_bias is None:
             image, text = self.gather(self.images(self.backbone, batch)), self.gather(self.texts(batch))
             scale = self.backbone.logit_scale.exp()
@@ -143,7 +140,7 @@ class FFF(Method):
         image, text, scale = self.images(self.backbone, batch), self.texts(batch), self.backbone.logit_scale.exp()
         known, first, rows = self.look(batch), self.rank * len(image), len(image)
         own = known.rows(slice(first, first + rows))
-        counts: Counter[str] = Counter()
+        counts: dict[str, Any] = defaultdict(int)  # tensors, so that no tile waits for the device
         all_text = self.gather(text)
         if self.objective == "sigmoid":
             positives = partial(self.positives, own, known, first, counts=counts)
@@ -157,7 +154,7 @@ class FFF(Method):
                 + many_positives_loss(text.flatten(0, 1), self.gather(image), for_text, scale)
             ) / 2
         for name, count in counts.items():  # in samples, all captions of one counting 1, as `extra` does
-            each = count / (rows * known.captions)
+            each = float(count) / (rows * known.captions)
             self.note(f"positives/{name}_per_image", each)
             self.note(f"positives/{name}_percent", 100 * each / max(1, known.samples - 1))
         return {self.objective: term}
@@ -196,7 +193,8 @@ class FFF(Method):
             labels = [int.from_bytes(blake2b(text.encode(), digest_size=7).digest()) for text in batch[self.same]]
             same = gather(torch.tensor(labels, device=self.device))
         rows = len(batch["image"]) * (self.world_size if joined else 1)
-        return Known(rows, sum(len(batch[name]) for name in self.names) // len(batch["image"]), frozen, same)
+        bars = Thresholds(*self.bars.tolist())  # here, once a step, and not for every tile: the device is waited for
+        return Known(rows, sum(len(batch[name]) for name in self.names) // len(batch["image"]), frozen, bars, same)
 
     def reference_features(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Images [b, d], and by name of the text [b, several, d]: from the reference, or as the shards have them."""
@@ -213,7 +211,7 @@ class FFF(Method):
         return self.images(self.reference, batch), self.encode_texts(self.reference, batch, names)
 
     def positives(
-        self, queries: Known, known: Known, first: int, part: slice, counts: Counter[str] | None = None
+        self, queries: Known, known: Known, first: int, part: slice, counts: dict[str, Any] | None = None
     ) -> Bool[Tensor, "b t k"]:
         """Positives among a part of the known samples, of queries that are known from `first` on; counted by reason."""
         known, first = known.rows(part), first - (part.start or 0)
@@ -223,13 +221,14 @@ class FFF(Method):
         if queries.same is not None and known.same is not None:
             reasons["same"] = ((queries.same[:, None] == known.same) & ~own)[..., None].expand_as(found)
         if queries.frozen is not None and known.frozen is not None:
-            mined: Positives = mine(queries.frozen, known.frozen, Thresholds(*self.bars.tolist()), first)
+            mined: Positives = mine(queries.frozen, known.frozen, known.bars, first)
             reasons |= {name: getattr(mined, name) for name in REASONS}
         for mask in reasons.values():
             found = found | mask
         if counts is not None:
-            counts.update({name: int(mask.count_nonzero()) for name, mask in reasons.items()})
-            counts["together"] += int(found.count_nonzero()) - int(own.count_nonzero()) * known.captions
+            for name, mask in reasons.items():
+                counts[name] += mask.count_nonzero()
+            counts["together"] += found.count_nonzero() - own.count_nonzero() * known.captions
         return found
 
     @torch.no_grad()
@@ -242,7 +241,7 @@ class FFF(Method):
         found = mine(frozen, frozen, Thresholds(*self.bars.tolist()), first_row=0)
         entries = (found.any() & ~found.own).nonzero()
         chosen = torch.randperm(len(entries), generator=torch.Generator().manual_seed(0))[:at_most].sort().values
-        by_name = zip(*(several(batch, name) for name in self.names), strict=True)
+        by_name = zip(*(by_sample(batch, name) for name in self.names), strict=True)
         captions = [[text for texts in sample for text in texts] for sample in by_name]
         reasons = {name: getattr(found, name) for name in REASONS}
         return [
@@ -257,9 +256,3 @@ class FFF(Method):
             )
             for i, j, c in entries[chosen].tolist()
         ]
-
-
-def several(batch: dict[str, Any], name: str) -> list[list[str]]:
-    """The texts of that name, by sample."""
-    each = len(batch[name]) // len(batch["image"])
-    return [batch[name][start : start + each] for start in range(0, len(batch[name]), each)]

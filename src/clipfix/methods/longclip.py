@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clipfix.backbone import Backbone
 from clipfix.functional.components import principal_reconstruction
-from clipfix.methods.base import Method
+from clipfix.methods.base import Method, check_choice
 
 
 def prefix_padded(tokens: Int[Tensor, "b l"], share: Float[Tensor, " b"]) -> Int[Tensor, "b l"]:
@@ -64,8 +64,7 @@ class LongCLIP(Method):
         warmup_steps: int,
     ):
         super().__init__(backbone, optimizer, steps, warmup_steps)
-        if components_over not in ("batch", "rank"):
-            raise ValueError(f"method.components_over is {components_over}: choose batch or rank.")
+        check_choice("components_over", components_over, "batch", "rank")
         if components is not None and components < 1:
             raise ValueError(f"method.components is {components}: keep 1 or more, or null for images as they are.")
         if chunk is not None and chunk < 1:

@@ -24,6 +24,7 @@ from rich.progress import track
 from clipfix.scenes.drawing import draw
 from clipfix.scenes.words import captions, pairs, plain_summary, things_in
 from clipfix.scenes.world import PATTERNS, WORLD, Scene, drawn_anew, factors, look_alike, sample, sample_jitter
+from clipfix.writing import add_sample
 
 Split = Literal["train", "selection", "test"]
 Kind = Literal["scenes", "pairs", "summaries"]  # as they come; look-alike pairs; groups that share one summary
@@ -126,7 +127,7 @@ def _verified(root: Path, info: dict[str, float]) -> Path:
 
 
 def write(folder: Path, job: Job) -> None:
-    """One shard. The standard library's tar: its entries carry no time and no user, and it does not import torch."""
+    """One shard."""
     with tarfile.open(folder / f"{job.name}.tar", "w") as tar:
         for index, (scene, extra) in enumerate(contents(job)):
             key = f"{job.name}-{index:04d}"
@@ -139,10 +140,7 @@ def write(folder: Path, job: Job) -> None:
             picture = io.BytesIO()
             draw(scene).save(picture, "png")
             parts = {"png": picture.getvalue(), "txt": texts["short"].encode(), "json": json.dumps(record).encode()}
-            for extension, content in parts.items():
-                member = tarfile.TarInfo(f"{key}.{extension}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+            add_sample(tar, key, parts)
 
 
 def contents(job: Job) -> Iterator[tuple[Scene, dict[str, Any]]]:
