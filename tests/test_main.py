@@ -97,9 +97,19 @@ def test_fit_leaves_a_complete_run_folder(method, clipfix, scenes):
     assert {path.name for path in (folder / "checkpoints").iterdir()} >= {"last.ckpt", "best.ckpt"}
 
 
-def test_eval_of_a_checkpoint_repeats_the_scores_after_fit(clipfix, scenes):
-    fit, _ = clipfix("method=finetune", "method.optimizer.lr=0.01", scenes, *QUICK)
-    after = json.loads((fit / "results.json").read_text())["scores"]["after"]
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["method=finetune", "method.optimizer.lr=0.01"],
+        ["method=finetune", "method.optimizer.lr=0.01", "wise=0.5"],
+        ["method=diva", "method.optimizer.lr=0.1", "method.train=lora", "wise=0.5"],
+    ],
+    ids=["finetune", "wise", "lora and wise"],
+)
+def test_eval_of_a_checkpoint_repeats_the_scores_after_fit(settings, clipfix, scenes):
+    fit, _ = clipfix(*settings, scenes, *QUICK)
+    after, before = (json.loads((fit / "results.json").read_text())["scores"][when] for when in ("after", "before"))
+    assert after != before
     again, _ = clipfix("run=eval", f"checkpoint={fit / 'checkpoints' / 'best.ckpt'}", "method=finetune", scenes, *QUICK)
     assert json.loads((again / "results.json").read_text())["scores"]["score"] == after
 

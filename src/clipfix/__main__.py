@@ -48,32 +48,36 @@ def fit(cfg: DictConfig, folder: Path) -> None:
 
     from clipfix import report
     from clipfix.evals import evaluate
+    from clipfix.wise import WiSE
 
     backbone, benchmarks = build(cfg)
-    original = copy.deepcopy(backbone)  # a method may rebuild its backbone: Long-CLIP stretches the position table
+    # What is scored, before and with the repair loaded. A method may rebuild its own backbone: Long-CLIP, LoRA.
+    scored = copy.deepcopy(backbone)
     method, data = method_and_data(cfg, backbone)  # missing shards are named before anything is scored
     method.config_yaml = OmegaConf.to_yaml(cfg, resolve=True)
     callbacks = dict(instantiate(cfg.callbacks)) | selection(cfg, folder)
+    if cfg.wise is not None:
+        callbacks["wise"] = WiSE(cfg.wise)
     loggers = list(instantiate(cfg.logger).values())
     trainer = instantiate(cfg.trainer, callbacks=[c for c in callbacks.values() if c is not None], logger=loggers)
 
     scores = {}
     if trainer.is_global_zero:
         (folder / "config.yaml").write_text(method.config_yaml)
-        scores["before"] = evaluate(original.to(trainer.strategy.root_device), benchmarks)
-    del original
+        scores["before"] = evaluate(scored.to(trainer.strategy.root_device), benchmarks)
+        scored.to("cpu")  # training wants the memory
     trainer.fit(method, data, ckpt_path=checkpoint_to_resume(cfg.resume, folder), weights_only=True)
 
     last = folder / "checkpoints" / "last.ckpt"
     trainer.save_checkpoint(last)
     best = callbacks["best"].best_model_path if "best" in callbacks else ""
     chosen = best or str(last)  # a run of no steps never asked which is best: it shows what a method changes at once
-    weights = torch.load(chosen, map_location="cpu", weights_only=True)
-    method.load_state_dict(weights["state_dict"], strict=False)
     if trainer.is_global_zero:
-        scores["after"] = evaluate(backbone.to(trainer.strategy.root_device), benchmarks)
+        load_repair(scored, chosen)
+        scores["after"] = evaluate(scored.to(trainer.strategy.root_device), benchmarks)
+        step = torch.load(chosen, map_location="cpu", weights_only=True)["global_step"]
         seconds = time.perf_counter() - started
-        facts = {"checkpoint": chosen, "step": weights["global_step"], "seed": cfg.seed, "seconds": seconds}
+        facts = {"checkpoint": chosen, "step": step, "seed": cfg.seed, "seconds": seconds}
         report.write(folder, scores, benchmarks, facts, loggers)
 
 

@@ -99,7 +99,8 @@ def test_checkpoint_holds_the_trained_weights_alone(method, tmp_path):
     method.config_yaml = "seed: 0\n"
     fit(method, tmp_path, steps=1)
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert saved["state_dict"].keys() == method.trained_names()
+    assert saved["state_dict"].keys() == saved["training"].keys() == method.trained_names()
+    assert all(saved["training"][name].data_ptr() == tensor.data_ptr() for name, tensor in saved["state_dict"].items())
     assert saved["config_yaml"] == "seed: 0\n"
 
 

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from clipfix.backbone import Backbone
 from clipfix.functional.contrastive import contrastive_loss
+from clipfix.trained import merged
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP (arXiv 2103.00020), section 2.5: the temperature is kept from growing further.
 
@@ -171,12 +172,19 @@ class Method(L.LightningModule, ABC):
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """`state_dict` is what others load, a plain CLIP's weights; `training` what resuming needs, those that train.
+
+        They differ with WiSE, which interpolates `state_dict`, and LoRA, merged in it; equal ones are stored once.
+        """
         trained = self.trained_names()
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        weights = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        checkpoint["state_dict"] = merged(self, weights)
+        checkpoint["training"] = {k: v for k, v in self.state_dict().items() if k in trained}
         checkpoint["batches_seen"] = self.batches_seen
         checkpoint["config_yaml"] = self.config_yaml
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = checkpoint.get("training", checkpoint["state_dict"])  # of older files, the only one
         if wrong := self.trained_names() ^ checkpoint["state_dict"].keys():
             raise ValueError(
                 f"The checkpoint trains other weights than this config does ({len(wrong)} differ, e.g. {min(wrong)}). "

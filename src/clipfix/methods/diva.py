@@ -15,6 +15,7 @@ from clipfix.diffusion import Diffusion
 from clipfix.functional.anchors import feature_drift, similarity_drift
 from clipfix.functional.denoising import denoising_loss, logit_normal_timesteps
 from clipfix.methods.base import Method, check_choice
+from clipfix.trained import trained_parts
 
 Patches = Float[Tensor, "b n d"]
 Picked = Float[Tensor, "b m d"]
@@ -91,28 +92,6 @@ def condition_from_tokens(
     return tokens + null
 
 
-# -- which weights of the visual tower train; `method.train` names them ------------------------------------------------
-
-
-def trained_parts(visual: Any, train: str, blocks: int | None) -> list[nn.Module | nn.Parameter]:
-    """The whole tower; its layer norms; or its last blocks with what follows them, the final norm and projection."""
-    if blocks is not None and train != "blocks":
-        raise ValueError(f"method.train_blocks is {blocks}, but method.train is {train}: set method.train=blocks.")
-    if train == "visual":
-        return [visual]
-    if train == "norms":
-        return [module for module in visual.modules() if isinstance(module, nn.LayerNorm)]
-    layers = getattr(getattr(visual, "transformer", None), "resblocks", None)
-    if layers is None:
-        raise ValueError(
-            "method.train=blocks is for the vision transformers of open_clip's own (ViT-L-14-quickgelu, "
-            f"ViT-H-14-quickgelu, ...), not for {type(visual).__name__}: choose method.train=visual or norms."
-        )
-    if blocks is None or not 1 <= blocks <= len(layers):
-        raise ValueError(f"method.train_blocks is {blocks}: train the last 1 to {len(layers)} blocks of this tower.")
-    return [*layers[-blocks:], visual.ln_post, visual.proj]
-
-
 # -- the method --------------------------------------------------------------------------------------------------------
 
 
@@ -149,6 +128,7 @@ class DIVA(Method):
         timesteps: dict[str, Any],
         train: str,
         train_blocks: int | None,
+        lora: dict[str, Any],
         projection_steps: int,
         anchor: str | None,
         anchor_weight: float,
@@ -163,7 +143,7 @@ class DIVA(Method):
         self.control = "off" if control is False else control  # a bare `off` is false to yaml
         check_choice("null_text", null_text, "tokenwise", "mean")
         check_choice("timesteps.law", timesteps["law"], "uniform", "logit_normal")
-        check_choice("train", train, "visual", "norms", "blocks")
+        check_choice("train", train, "visual", "norms", "blocks", "lora")
         check_choice("anchor", anchor, None, "features", "similarities")
         check_choice("control", self.control, None, "shuffled", "off")
         if patches not in PATCH_RULES:
@@ -201,7 +181,7 @@ class DIVA(Method):
         self.original = copy.deepcopy(backbone, {id(backbone.text): backbone.text}) if anchor else None
         if self.original is not None:
             self.original.visual.eval()
-        for part in trained_parts(backbone.visual, train, train_blocks):
+        for part in trained_parts(backbone.visual, train, train_blocks, lora):
             part.requires_grad_(True)
         # The null text never changes: one pass here instead of one a step.
         self.register_buffer("null", diffusion.condition([""])[0].float(), persistent=False)
