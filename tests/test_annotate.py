@@ -476,6 +476,16 @@ def smaller(generator_folder: str, tmp_path: Path) -> str:
     return str(folder)
 
 
+@pytest.fixture
+def larger(generator_folder: str, tmp_path: Path) -> str:
+    """A generator of 48 px pictures."""
+    folder = tmp_path / "larger"
+    shutil.copytree(generator_folder, folder)
+    config = json.loads((folder / "unet/config.json").read_text())
+    (folder / "unet/config.json").write_text(json.dumps(config | {"sample_size": 12}))
+    return str(folder)
+
+
 def reading(folder: Path, diffusion: Diffusion, image_size: int = 32, **changed: Any) -> ShardData:
     """The data of a run that reads stored latents, as `__main__` makes them."""
     sizes = {"batch_size": 4, "workers": 0, "shuffle": 0, "seed": 0}
@@ -491,17 +501,17 @@ def reading(folder: Path, diffusion: Diffusion, image_size: int = 32, **changed:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["larger", "smaller"])
 def test_stored_latents_are_those_of_training(
-    kind: str, dtype: Any, clip: Backbone, generator_folder: str, smaller: str, shards: Path, tmp_path: Path
+    kind: str, dtype: Any, clip: Backbone, larger: str, smaller: str, shards: Path, tmp_path: Path
 ) -> None:
     """Two passes in other batches than those they were computed in; half keeps 11 bits, bf16 8."""
-    path = {"larger": generator_folder, "smaller": smaller}[kind]
+    path, size = {"larger": (larger, 48), "smaller": (smaller, 32)}[kind]
     run(Latents("", 3, Diffusion(path, dtype=dtype), clip), shards, tmp_path / "out")
     diffusion = Diffusion(path, dtype=dtype)
-    data = reading(tmp_path / "out", diffusion, selection=str(shards))
+    data = reading(tmp_path / "out", diffusion, size, selection=str(shards))
     keys = []
     for batch, _ in zip(data.train_dataloader(), range(5), strict=False):
         keys += batch["key"]
-        assert batch["image"].shape == (4, 3, 32, 32)
+        assert batch["image"].shape == (4, 3, size, size)
         assert batch["latents"].dtype == torch.float32
         expected = diffusion.encode(batch["image"])
         torch.testing.assert_close(batch["latents"], expected, rtol=2 ** -{"fp32": 11, "bf16": 8}[dtype], atol=1e-5)
