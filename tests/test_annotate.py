@@ -1,4 +1,4 @@
-"""Shards in, the same shards with captions or features: what is added, what stays, what a stopped run leaves."""
+"""Shards in, the same shards with captions, features or latents: what is added, stays, and is left by a stopped run."""
 
 import inspect
 import io
@@ -21,6 +21,7 @@ import pytest
 import torch
 import yaml
 from captioners import KINDS, captioner
+from diffusers import AutoencoderKL
 from hydra.utils import get_class
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
@@ -31,8 +32,10 @@ from clipfix.__main__ import main
 from clipfix.annotate import Annotator, annotate, plan, summarize
 from clipfix.annotate.captions import Captions, with_key
 from clipfix.annotate.features import Features
+from clipfix.annotate.latents import Latents
 from clipfix.backbone import Backbone
 from clipfix.data import ShardData, decode, samples, square
+from clipfix.diffusion import Diffusion
 from clipfix.evals.embed import embed_images, embed_texts, scoring
 from clipfix.shards import read_shard
 
@@ -456,6 +459,140 @@ def test_a_sample_without_the_texts_asked_for_is_left_out(clip: Backbone, texts_
     assert list(raws(tmp_path / "raw")) == [*(f"k{n}" for n in range(10)), "x"]
 
 
+# ------------------------------------------------------------------------------------------------------------- latents
+
+
+@pytest.fixture
+def smaller(generator_folder: str, tmp_path: Path) -> str:
+    """A generator with an `AutoencoderKL`, of 16 px pictures where the small CLIP sees 32."""
+    folder = tmp_path / "smaller"
+    shutil.copytree(generator_folder, folder)
+    shutil.rmtree(folder / "vae")
+    torch.manual_seed(0)
+    AutoencoderKL(
+        latent_channels=4, scaling_factor=0.18215, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    ).save_pretrained(folder / "vae")  # fmt: skip
+    return str(folder)
+
+
+@pytest.fixture
+def larger(generator_folder: str, tmp_path: Path) -> str:
+    """A generator of 48 px pictures."""
+    folder = tmp_path / "larger"
+    shutil.copytree(generator_folder, folder)
+    config = json.loads((folder / "unet/config.json").read_text())
+    (folder / "unet/config.json").write_text(json.dumps(config | {"sample_size": 12}))
+    return str(folder)
+
+
+def reading(folder: Path, diffusion: Diffusion, image_size: int = 32, **changed: Any) -> ShardData:
+    """The data of a run that reads stored latents, as `__main__` makes them."""
+    sizes = {"batch_size": 4, "workers": 0, "shuffle": 0, "seed": 0}
+    texts = {"caption": {"key": "txt", "pick": "one"}}
+    stored = {"latents": "latent.npz", "latents_of": diffusion.latents_of(image_size)}
+    data = ShardData(
+        str(folder), image_size=image_size, **({"selection": None, "texts": texts} | sizes | stored | changed)
+    )
+    data.setup("fit")
+    return data
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["larger", "smaller"])
+def test_stored_latents_are_those_of_training(
+    kind: str, dtype: Any, clip: Backbone, larger: str, smaller: str, shards: Path, tmp_path: Path
+) -> None:
+    """Two passes in other batches than those they were computed in; half keeps 11 bits, bf16 8."""
+    path, size = {"larger": (larger, 48), "smaller": (smaller, 32)}[kind]
+    run(Latents("", 3, Diffusion(path, dtype=dtype), clip), shards, tmp_path / "out")
+    diffusion = Diffusion(path, dtype=dtype)
+    data = reading(tmp_path / "out", diffusion, size, selection=str(shards))
+    keys = []
+    for batch, _ in zip(data.train_dataloader(), range(5), strict=False):
+        keys += batch["key"]
+        assert batch["image"].shape == (4, 3, size, size)
+        assert batch["latents"].dtype == torch.float32
+        expected = diffusion.encode(batch["image"])
+        torch.testing.assert_close(batch["latents"], expected, rtol=2 ** -{"fp32": 11, "bf16": 8}[dtype], atol=1e-5)
+        assert expected.std(dim=0).mean() > 0.01  # they tell pictures apart
+    assert [keys.count(f"k{number}") for number in range(10)] == [2] * 10
+    assert all("latents" not in batch for batch in data.val_dataloader())
+
+
+class Fails(Latents):
+    def annotate(self, raws: Any, inputs: Any) -> Any:
+        full(2, self.trainer.predict_loop.batch_progress.current.ready)
+        return super().annotate(raws, inputs)
+
+
+def test_a_stopped_run_goes_on_to_the_same_latents(
+    clip: Backbone, generator_folder: str, shards: Path, tmp_path: Path
+) -> None:
+    run(Latents("", 3, Diffusion(generator_folder), clip), shards, tmp_path / "whole")
+    with pytest.raises(OSError, match="disk full"):
+        run(Fails("", 3, Diffusion(generator_folder), clip), shards, tmp_path / "out")
+    finished = tars(tmp_path / "out")
+    assert 0 < len(finished) < 3
+    run(Latents("", 3, Diffusion(generator_folder), clip), shards, tmp_path / "out")
+    assert tars(tmp_path / "out") == tars(tmp_path / "whole")
+
+
+def test_a_picture_that_was_changed_is_broken(
+    clip: Backbone, generator_folder: str, shards: Path, tmp_path: Path, caplog: Any
+) -> None:
+    diffusion = Diffusion(generator_folder)
+    run(Latents("", 3, diffusion, clip), shards, tmp_path / "out")
+    members = {
+        key: {name: part for name, part in raw.items() if name[0] != "_"} for key, raw in raws(tmp_path / "out").items()
+    }
+    members["k0"]["png"] = encoded(picture(0) ^ 1)  # also the first of a shard, which is looked at before training
+    members["k2"]["latent.npz"] = members["k2"]["latent.npz"][:-30]
+    pack(tmp_path / "changed" / "0.tar", members)
+    with caplog.at_level(logging.DEBUG, "clipfix.data"):
+        batch = next(iter(reading(tmp_path / "changed", diffusion, batch_size=8).train_dataloader()))
+    assert batch["key"] == [f"k{number}" for number in (1, 3, 4, 5, 6, 7, 8, 9)]
+    assert batch["skipped"] == 2
+    assert any(
+        "k0 in" in line and "its picture is not the one that latent.npz was made of" in line for line in caplog.messages
+    )
+
+
+def test_latents_of_something_else_are_refused_before_training(
+    clip: Backbone, generator_folder: str, smaller: str, shards: Path, tmp_path: Path
+) -> None:
+    out, diffusion = tmp_path / "out", Diffusion(generator_folder)
+    run(Latents("", 3, diffusion, clip), shards, out)
+    reading(out, Diffusion(generator_folder))
+    refused = r"out/a\.tar has latents of PatchPCA \w+ in float32, 32 px pictures at 32 px, and this run reads those of"
+    remedy = (
+        "write them by run=annotate annotator=latents with diffusion and backbone as here, or set data.latents=null"
+    )
+    with pytest.raises(ValueError, match=f"{refused} PatchPCA .*, 48 px pictures at 32 px: {remedy}"):
+        reading(out, diffusion, 48)
+    with pytest.raises(ValueError, match=f"{refused} AutoencoderKL .*, 32 px pictures at 16 px: {remedy}"):
+        reading(out, Diffusion(smaller))
+    with pytest.raises(ValueError, match=f"{refused} PatchPCA .* in bfloat16"):
+        reading(out, Diffusion(generator_folder, dtype="bf16"))
+    trained = Diffusion(generator_folder)
+    trained.vae.encoder.bias.data[0] += 1e-3
+    with pytest.raises(ValueError, match=refused):
+        reading(out, trained)
+    scaled = Diffusion(generator_folder)
+    scaled.vae.register_to_config(scaling_factor=0.5)
+    with pytest.raises(ValueError, match=refused):
+        reading(out, scaled)
+    with pytest.raises(ValueError, match=r"in/a\.tar has no latent\.npz: make it by run=annotate annotator=latents"):
+        reading(shards, diffusion)
+    # Where only part of a shard is of another one, its samples are as good as broken.
+    run(Latents("", 3, trained, clip), shards, tmp_path / "other")
+    mixed = {**raws(out), "k3": raws(tmp_path / "other")["k3"]}
+    members = {key: {name: part for name, part in raw.items() if name[0] != "_"} for key, raw in mixed.items()}
+    pack(tmp_path / "mixed" / "0.tar", members)
+    keys = next(iter(reading(tmp_path / "mixed", diffusion, batch_size=9).train_dataloader()))["key"]
+    assert keys == [f"k{number}" for number in range(10) if number != 3]
+
+
 # ---------------------------------------------------------------------------------------------------------- front door
 
 
@@ -503,7 +640,7 @@ def test_the_command(clipfix: Any, model_folder: Any, tmp_path: Path, capsys: An
         (["data.prepare=null", "data.train=in", "annotator.output=in"], ["is the folder of in/a.tar"]),
         (["data.prepare=null", "data.train=in", "annotator.output=out", "annotator.beams=4"], ["annotator.beams=5"]),
         (["data.prepare=null", "data.train=in", "annotator.output=out", "annotator.beam=4"], ["annotator.beams"]),
-        (["annotator=latents", "annotator.output=out"], ["captions", "features"]),
+        (["annotator=depths", "annotator.output=out"], ["captions", "features", "latents"]),
     ],
 )
 def test_the_command_says_what_is_wrong(arguments: list[str], words: list[str], clipfix: Any, shards: Path) -> None:

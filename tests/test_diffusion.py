@@ -117,6 +117,32 @@ def test_bf16_weights_answer_in_fp32(folder, diffusion, generator):
     torch.testing.assert_close(half.predict(*inputs), diffusion.predict(*inputs), atol=0.1, rtol=0.1)
 
 
+def test_latents_in_bf16_are_those_of_fp32_within_two_percent(diffusion, folder, generator):
+    """Root mean square error over that of the latents. No graph is built of either."""
+    images = torch.rand(8, 3, 16, 16, generator=generator)
+    exact, found = diffusion.encode(images), Diffusion(str(folder), dtype="bf16").encode(images)
+    assert 0 < (found - exact).square().mean().sqrt() < 0.02 * exact.std()
+    assert not exact.requires_grad
+    assert not found.requires_grad
+
+
+def test_latents_are_known_by_all_that_they_depend_on(diffusion, folder, tmp_path):
+    """Not by where the folder lies, nor by keys that a release of diffusers adds with their defaults."""
+    shutil.copytree(folder, tmp_path / "copy")
+    config = json.loads((folder / "vae/config.json").read_text())
+
+    def known(size=16, dtype="fp32", **changed):
+        (tmp_path / "copy/vae/config.json").write_text(json.dumps(config | changed))
+        return Diffusion(str(tmp_path / "copy"), dtype=dtype).latents_of(size)
+
+    assert known() == diffusion.latents_of(16)
+    assert known(_diffusers_version="9.9") == known()
+    others = [known(17), known(dtype="bf16"), known(scaling_factor=0.2), known(norm_num_groups=2)]
+    assert len({known(), *others}) == 5
+    config.pop("scaling_factor"), config.pop("latents_mean")
+    assert known(scaling_factor=0.18215) == known() != diffusion.latents_of(16)
+
+
 @pytest.fixture
 def pipeline(diffusion) -> StableDiffusionPipeline:
     parts = {name: getattr(diffusion, name) for name in ("unet", "vae", "text_encoder", "tokenizer")}

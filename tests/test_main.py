@@ -97,6 +97,26 @@ def test_fit_leaves_a_complete_run_folder(method, clipfix, scenes):
     assert {path.name for path in (folder / "checkpoints").iterdir()} >= {"last.ckpt", "best.ckpt"}
 
 
+def test_diva_learns_the_same_from_stored_latents(clipfix, scenes):
+    """Stored in half; the selection split has none, and its own are computed."""
+    clipfix("run=annotate", "annotator=latents", "annotator.output=stored", scenes, *QUICK)
+    settings, read = [scenes, *QUICK, "eval=none"], ["data.train=stored", "data.latents=latent.npz"]
+    losses = []
+    for extra in ([], read):
+        folder, _ = clipfix("method=diva", *extra, *settings)
+        with (folder / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        losses.append({name: [float(row[name]) for row in rows if row[name]] for name in ("train/loss", "val/loss")})
+    assert len(losses[0]["train/loss"]) == 2
+    assert losses[0]["val/loss"]
+    for name, expected in losses[0].items():
+        assert losses[1][name] == pytest.approx(expected, rel=1e-3)
+    message = refusal(clipfix, "method=diva", "diffusion.dtype=bf16", *read, *settings)
+    assert "stored/train-00000.tar has latents of PatchPCA" in message
+    assert "write them by run=annotate annotator=latents" in message
+    assert "method=finetune reads no stored latents" in refusal(clipfix, "method=finetune", *read, *settings)
+
+
 @pytest.mark.parametrize(
     "settings",
     [

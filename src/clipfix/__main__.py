@@ -143,7 +143,7 @@ VERBS = {
     "fit": (fit, ("trainer", "callbacks", "logger", "data", "eval", "diffusion", "method", "backbone")),
     "eval": (score, ("eval", "backbone")),
     "thresholds": (thresholds, ("data", "method", "backbone")),
-    "annotate": (annotate, ("trainer", "data", "annotator", "backbone")),
+    "annotate": (annotate, ("trainer", "data", "annotator", "diffusion", "backbone")),
     "prepare": (prepare, ()),  # not even data: its urls may still be open
 }
 
@@ -183,7 +183,11 @@ def method_and_data(cfg: DictConfig, backbone: Any) -> tuple[Any, Any]:
             "method.reference is null, so its features are read from the shards: write them by run=annotate "
             "annotator=features (data/README.md) and set data.features=features.npz, or name a reference."
         )
-    data = instantiate(cfg.data, image_size=method.image_size)
+    latents_of = method.latents_of if cfg.data.latents else None  # it reads every weight of an autoencoder
+    if cfg.data.latents and latents_of is None:
+        choice = HydraConfig.get().runtime.choices["method"]
+        raise ValueError(f"method={choice} reads no stored latents: set data.latents=null.")
+    data = instantiate(cfg.data, image_size=method.image_size, latents_of=latents_of)
     data.prepare_data()
     data.setup("fit")
     return method, data

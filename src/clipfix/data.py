@@ -13,7 +13,9 @@ import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any, TypedDict
+from urllib.parse import urlsplit
 
 import lightning as L
 import numpy as np
@@ -35,11 +37,22 @@ IMAGES = ("jpg", "jpeg", "png", "webp")
 PICKS = ("one", "first_sentence", "other_sentences", "all", "random")
 
 
-def decode(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Image (RGB), txt and json of one sample; raises on anything broken."""
+def encoded_image(raw: Mapping[str, Any]) -> bytes:
+    """The image file of a sample."""
     data = next((raw[suffix] for suffix in IMAGES if suffix in raw), None)
     if data is None:
         raise ValueError(f"no image ({', '.join(IMAGES)})")
+    return data
+
+
+def fingerprint(raw: Mapping[str, Any]) -> str:
+    """Of the image file: it tells whether that was changed after something was stored of it."""
+    return blake2b(encoded_image(raw), digest_size=16).hexdigest()
+
+
+def decode(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Image (RGB), txt and json of one sample; raises on anything broken."""
+    data = encoded_image(raw)
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image = Image.open(io.BytesIO(data)).convert("RGB")
@@ -143,6 +156,44 @@ def look_up(
     return found
 
 
+def look_up_latent(raw: Mapping[str, Any], member: str, of: str | None) -> Float[Tensor, "c y x"]:
+    """What `run=annotate annotator=latents` stored of this very picture; `of` is what `Diffusion.latents_of` says."""
+    if member not in raw:
+        raise ValueError(no_latents(member))
+    with np.load(io.BytesIO(raw[member]), allow_pickle=False) as stored:
+        latent, found, picture = (stored[name] for name in ("latent", "of", "picture"))
+    if found != of:
+        raise ValueError(f"its {member} is of {found}, not of {of}")
+    if picture != fingerprint(raw):
+        raise ValueError(f"its picture is not the one that {member} was made of: annotate these shards again")
+    return torch.from_numpy(latent).float()
+
+
+def check_latents(shards: list[str], member: str, of: str | None) -> None:
+    """Refuses shards without latents, or with those of another autoencoder or size, before anything is trained.
+
+    The first sample of each local shard is asked; of others, which may take long to open, that of the first shard.
+    """
+    for shard in [shard for shard in shards if not urlsplit(shard).scheme] or shards[:1]:
+        for raw in itertools.islice(read_shard(shard), 1):
+            if member not in raw:
+                raise ValueError(f"{shard} has {no_latents(member)}")
+            try:
+                with np.load(io.BytesIO(raw[member]), allow_pickle=False) as stored:
+                    found = str(stored["of"])
+            except Exception:  # damaged: training counts it with other broken samples
+                continue
+            if found != of:
+                raise ValueError(
+                    f"{shard} has latents of {found}, and this run reads those of {of}: write them by run=annotate "
+                    "annotator=latents with diffusion and backbone as here, or set data.latents=null"
+                )
+
+
+def no_latents(member: str) -> str:
+    return f"no {member}: make it by run=annotate annotator=latents, or set data.latents=null"
+
+
 # ------------------------------------------------------------------------------------------------------------- streams
 
 
@@ -187,10 +238,12 @@ class ShardStream(IterableDataset):
         world: int,
         progress: Progress | None,
         features: str | None = None,
+        latents: str | None = None,
+        latents_of: str | None = None,
     ) -> None:
         self.shards, self.texts, self.image_size = shards, texts, image_size
         self.seed, self.shuffle, self.rank, self.world, self.progress = seed, shuffle, rank, world, progress
-        self.features = features
+        self.features, self.latents, self.latents_of = features, latents, latents_of
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
@@ -241,6 +294,8 @@ class ShardStream(IterableDataset):
         sample = {"key": sample["key"], "image": square(sample["image"], self.image_size), "texts": texts}
         if self.features is not None:
             sample["features"] = look_up(raw, self.features, self.texts, texts)
+        if self.latents is not None:
+            sample["latents"] = look_up_latent(raw, self.latents, self.latents_of)
         return sample
 
 
@@ -248,6 +303,7 @@ def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
     """Images stacked, texts sample-major; `position` is where the worker stood after the batch's last sample."""
     features: list[dict[str, Tensor]] = [sample["features"] for sample in batch if "features" in sample]
     joined = {name: torch.cat([found[name] for found in features]) for name in features[0]} if features else {}
+    latents: list[Tensor] = [sample["latents"] for sample in batch if "latents" in sample]
     return {
         "key": [sample["key"] for sample in batch],
         "image": torch.stack([sample["image"] for sample in batch]),
@@ -255,6 +311,7 @@ def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
         "skipped": sum(sample["skipped"] for sample in batch),
         **{name: [text for sample in batch for text in sample["texts"][name]] for name in batch[0]["texts"]},
         **({"features": joined} if features else {}),
+        **({"latents": torch.stack(latents)} if latents else {}),
     }
 
 
@@ -278,12 +335,15 @@ class ShardData(L.LightningDataModule):
         allow_pipe: bool = False,
         prepare: Callable[[], object] | None = None,
         features: str | None = None,
+        latents: str | None = None,
+        latents_of: str | None = None,
     ) -> None:
         super().__init__()
         self.train, self.selection, self.allow_pipe, self.prepare = train, selection, allow_pipe, prepare
         self.texts = {name: Text(**text) for name, text in texts.items() if text is not None}
         self.batch_size, self.workers, self.shuffle = batch_size, workers, shuffle
         self.seed, self.image_size, self.features = seed, image_size, features
+        self.latents, self.latents_of = latents, latents_of
         self.progress = beginning(workers)
 
     def prepare_data(self) -> None:
@@ -295,17 +355,31 @@ class ShardData(L.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         self.train_shards = expand(self.train, self.allow_pipe)
         self.selection_shards = expand(self.selection, self.allow_pipe) if self.selection else []
+        if self.latents is not None:
+            check_latents(self.train_shards, self.latents, self.latents_of)
 
     def train_dataloader(self) -> DataLoader:
-        return self._loader(self.train_shards, self.progress, self.features)
+        return self._loader(self.train_shards, self.progress, self.features, self.latents)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         return self._loader(self.selection_shards, None) if self.selection_shards else []
 
-    def _loader(self, shards: list[str], progress: Progress | None, features: str | None = None) -> DataLoader:
+    def _loader(
+        self, shards: list[str], progress: Progress | None, features: str | None = None, latents: str | None = None
+    ) -> DataLoader:
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         stream = ShardStream(
-            shards, self.texts, self.image_size, self.seed, self.shuffle, rank, world, progress, features
+            shards,
+            self.texts,
+            self.image_size,
+            self.seed,
+            self.shuffle,
+            rank,
+            world,
+            progress,
+            features,
+            latents,
+            self.latents_of,
         )
         return DataLoader(
             stream,

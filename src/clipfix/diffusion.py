@@ -8,6 +8,7 @@ ships with this package is such a folder too; only its autoencoder, `PatchPCA`, 
 import copy
 import gzip
 import json
+from hashlib import blake2b
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -120,11 +121,30 @@ class Diffusion(nn.Module):
         self.image_size: int = self.unet.config.sample_size * shrink
 
     def encode(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c y x"]:
-        """Latents of images in [0, 1]: the mean of the autoencoder's posterior, so that a picture has one latent."""
+        """Latents of images in [0, 1]: the mean of the autoencoder's posterior, so that a picture has one latent.
+
+        No graph is built, as neither the frozen autoencoder nor the pixels of a batch ask for a gradient.
+        """
         if images.shape[-2:] != (self.image_size, self.image_size):
             images = F.interpolate(images, size=self.image_size, mode="bicubic", antialias=True).clamp(0, 1)
         posterior = self.vae.encode((2 * images - 1).to(self.vae.dtype)).latent_dist
         return posterior.mode().float() * self.vae.config.scaling_factor
+
+    def latents_of(self, image_size: int) -> str:
+        """What `encode` depends on besides the picture: the autoencoder, its precision, and `image_size`, the side in
+        pixels of the images it gets. Stored latents are recognised by it.
+        """
+        config: dict[str, Any] = dict(self.vae.config)
+        by_default = config.get("_use_default_values", ())  # other releases of diffusers have other keys
+        told = {key: value for key, value in config.items() if not key.startswith("_") and key not in by_default}
+        told["scaling_factor"] = self.vae.config.scaling_factor  # Stable Diffusion's first folders leave it out
+        digest = blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=8)
+        for name, tensor in sorted(self.vae.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        precision = str(self.vae.dtype).removeprefix("torch.")
+        autoencoder = f"{type(self.vae).__name__} {digest.hexdigest()} in {precision}"
+        return f"{autoencoder}, {image_size} px pictures at {self.image_size} px"
 
     def decode(self, latents: Float[Tensor, "b c y x"]) -> Float[Tensor, "b 3 h w"]:
         """Images in [0, 1] of latents."""

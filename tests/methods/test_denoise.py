@@ -48,6 +48,17 @@ def test_loss_is_the_mean_error_of_single_pictures(clip_folder, generator_folder
     torch.testing.assert_close(loss, torch.stack(errors).mean(), atol=1e-5, rtol=1e-4)
 
 
+def test_stored_latents_are_denoised_where_the_autoencoder_stays(clip_folder, generator_folder):
+    method, inputs = hearing(clip_folder, generator_folder, fit_autoencoder=False), batch(4)
+    assert method.latents_of == method.diffusion.latents_of(32)
+    assert build("denoise", clip_folder, generator_folder, fit_autoencoder=True).latents_of is None
+    losses = []
+    for latents in ({}, {"latents": method.diffusion.encode(inputs["image"])}, {"latents": torch.zeros(4, 4, 8, 8)}):
+        method.seed_draws(0)
+        losses.append(method.loss(inputs | latents)["denoising"].item())
+    assert losses[0] == losses[1] != losses[2]
+
+
 def test_several_texts_of_a_picture_become_one():
     texts = ["a red fish", "a fish on the left", "a blue star", "a star at the top"]
     assert joined_texts({"image": torch.zeros(2, 3, 4, 4), "caption": texts}) == [

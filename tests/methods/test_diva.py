@@ -73,6 +73,25 @@ def test_loss_equals_a_slow_version(prediction_type, clip_folder, generator_fold
     assert float(loss) == pytest.approx(total, rel=1e-4)
 
 
+def test_stored_latents_take_the_place_of_the_autoencoder(clip_folder, generator_folder):
+    """In half, as shards hold them: loss and gradients to 1e-3. The autoencoder itself is not asked."""
+    method, inputs = build("diva", clip_folder, generator_folder), batch(4)
+    stored = inputs | {"latents": method.diffusion.encode(inputs["image"]).half().float()}
+    results = []
+    for each in (inputs, stored, stored | {"latents": stored["latents"].flip(0)}):
+        method.seed_draws(0)
+        method.zero_grad()
+        loss = method.loss(each)["denoising"]
+        loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in method.parameters() if p.grad is not None])
+        results.append((loss.item(), gradient))
+        method.diffusion.vae = None
+    (loss, gradient), (found, close), (wrong, _) = results
+    assert found == pytest.approx(loss, rel=1e-3)
+    assert (close - gradient).norm() < 1e-3 * gradient.norm()
+    assert wrong != pytest.approx(loss, rel=1e-3)
+
+
 def test_draws_weigh_the_same(clip_folder, generator_folder):
     """Two draws in one pass have the gradient of the mean of two passes of one draw each."""
     method = build("diva", clip_folder, generator_folder, patches="none", patch_amount=None, null_text="mean")

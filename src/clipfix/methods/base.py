@@ -67,6 +67,11 @@ class Method(L.LightningModule, ABC):
         """Side in pixels of the images a batch must carry."""
         return self.backbone.image_size
 
+    @property
+    def latents_of(self) -> str | None:
+        """What stored latents must be of, as `Diffusion.latents_of` says it; None where the method reads none."""
+        return None
+
     # -- one step ---------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:

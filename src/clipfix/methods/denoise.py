@@ -53,6 +53,10 @@ class Denoise(Method):
     def image_size(self) -> int:
         return self.diffusion.image_size
 
+    @property
+    def latents_of(self) -> str | None:
+        return None if self.fit_autoencoder else self.diffusion.latents_of(self.image_size)
+
     def trained_names(self) -> set[str]:
         """A fitted autoencoder belongs into the checkpoint, though no gradient reaches it."""
         fitted = {f"diffusion.vae.{name}" for name, _ in self.diffusion.vae.named_parameters()}
@@ -63,7 +67,7 @@ class Denoise(Method):
             self.diffusion.vae.fit(2 * self.gather(batch["image"]) - 1)
 
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        latents = self.diffusion.encode(batch["image"])
+        latents = batch["latents"] if "latents" in batch else self.diffusion.encode(batch["image"])
         dropped = self.draw(torch.rand, rows=len(latents)) < self.text_dropout
         texts = ["" if drop else text for text, drop in zip(joined_texts(batch), dropped.tolist(), strict=True)]
         noise = self.draw(torch.randn, rows=len(latents), shape=latents.shape[1:])

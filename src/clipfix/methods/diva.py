@@ -190,13 +190,18 @@ class DIVA(Method):
     def image_size(self) -> int:
         return max(self.backbone.image_size, self.diffusion.image_size)
 
+    @property
+    def latents_of(self) -> str:
+        return self.diffusion.latents_of(self.image_size)
+
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         pooled, patches = self.backbone.visual_tokens(batch["image"])
         image = F.normalize(pooled.float(), dim=-1)
         text = self.texts(batch["caption"]) if self.reads else None
         terms = {}
         if self.control != "off":
-            terms["denoising"] = self.feedback(batch["image"], self.condition(pooled, patches))
+            condition = self.condition(pooled, patches)
+            terms["denoising"] = self.feedback(batch["image"], condition, batch.get("latents"))
         if self.caption_weight and text is not None:
             terms["caption"] = self.caption_weight * self.contrast(image, text, label_smoothing=0.0)
         if self.original is not None:
@@ -214,9 +219,14 @@ class DIVA(Method):
         tokens = torch.cat([pooled[:, None], self.pick_patches(patches)], dim=1)
         return condition_from_tokens(self.visual_proj(tokens), self.null, self.null_text)
 
-    def feedback(self, images: Float[Tensor, "b 3 h w"], condition: Float[Tensor, "b m c"]) -> Float[Tensor, ""]:
-        """The denoising loss, told of each image or, in the control, of another one."""
-        latents = self.diffusion.encode(images)
+    def feedback(
+        self,
+        images: Float[Tensor, "b 3 h w"],
+        condition: Float[Tensor, "b m c"],
+        latents: Float[Tensor, "b z y x"] | None = None,
+    ) -> Float[Tensor, ""]:
+        """The denoising loss, told of each image or, in the control, of another one; `latents` where they are known."""
+        latents = self.diffusion.encode(images) if latents is None else latents
         rows, *shape = latents.shape
         noise = self.draw(torch.randn, rows=rows, shape=(self.draws, *shape)).flatten(0, 1)
         timesteps = self.draw_timesteps(rows).flatten()

@@ -1,0 +1,45 @@
+"""The latents that a generator's autoencoder has of pictures, beside them: `data.latents` reads them in training."""
+
+import io
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from clipfix.annotate import Annotator, Raw, Sample
+from clipfix.backbone import Backbone
+from clipfix.data import fingerprint, square
+from clipfix.diffusion import Diffusion
+
+MEMBER = "latent.npz"
+
+
+class Latents(Annotator):
+    """`latent.npz` of each sample: `latent` [c, y, x] in half, `of` and `picture`, by which training recognises it.
+
+    Computed in `diffusion.dtype` by `Diffusion.encode`, of the picture as DIVA's training batch has it: nothing there
+    is drawn by chance, `square` resizes and crops to the larger of the backbone's and the generator's side.
+    """
+
+    def __init__(self, output: str, batch_size: int, diffusion: Diffusion, backbone: Backbone) -> None:
+        super().__init__(output, batch_size)
+        size = max(backbone.image_size, diffusion.image_size)  # DIVA.image_size; the backbone is asked nothing else
+        del diffusion.unet, diffusion.text_encoder
+        self.diffusion, self.of = diffusion, diffusion.latents_of(size)
+        self.prepare = partial(read, size)
+
+    def annotate(self, raws: list[Raw], inputs: Float[Tensor, "b 3 h w"]) -> list[dict[str, bytes]]:
+        members = []
+        for raw, latent in zip(raws, self.diffusion.encode(inputs).half().cpu().numpy(), strict=True):
+            names: dict[str, Any] = {"of": np.array(self.of), "picture": np.array(fingerprint(raw))}
+            np.savez(file := io.BytesIO(), latent=latent, **names)
+            members.append({MEMBER: file.getvalue()})
+        return members
+
+
+def read(size: int, samples: list[Sample]) -> Float[Tensor, "b 3 h w"]:
+    """Pictures as `ShardData` gives them to a method of that image size."""
+    return torch.stack([square(sample["image"], size) for sample in samples])
