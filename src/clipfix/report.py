@@ -17,7 +17,7 @@ from clipfix.evals import Benchmark
 from clipfix.evals.gallery import AFTER, BEFORE
 
 Scores = dict[str, float]
-DRAWN = ("train", "val", "selection", "denoising", "drift", "positives", "perf")  # of what is logged
+DRAWN = ("train", "val", "denoising", "drift", "positives", "selection", "perf")  # of what is logged, in this order
 
 
 def write(
@@ -146,7 +146,7 @@ def curves(metrics: list[dict[str, str]]) -> Figure | None:
         return None
     # train/x and val/x share a panel, and so do the conditions of a generator: their distance is what one looks for.
     panels: dict[str, list[str]] = {}
-    for name in lines:
+    for name in sorted(lines, key=lambda name: DRAWN.index(name.split("/")[0])):
         stage, metric = name.split("/", 1)
         shared = {"train": metric, "val": metric, "denoising": "denoising, by condition"}
         panels.setdefault(shared.get(stage, name), []).append(name)

@@ -81,7 +81,7 @@ class Reconstructions(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.draw(trainer, pl_module)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.draw(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -95,24 +95,22 @@ class Reconstructions(L.Callback):
         if idle or step == self.drawn_at or not trainer.is_global_zero:
             return
         self.drawn_at = step
-        kept = islice(samples(self.shards or (), self.allow_pipe), self.count)
-        pictures = torch.stack([square(sample["image"], pl_module.image_size) for sample in kept])
-        rows = {"picture": pictures}
-        drawn = self.reconstruct(pl_module, pictures)
-        if self.before is None:
-            self.before = drawn
-        rows |= {"before": self.before} if step == 0 else {"before": self.before, f"after {step} steps": drawn}
-        cells = [Cell(to_pil_image(image), title, []) for title, images in rows.items() for image in images]
-        gallery(cells, across=len(pictures)).savefig(self.path, dpi=100, bbox_inches="tight")
+        with still(pl_module):
+            kept = islice(samples(self.shards or (), self.allow_pipe), self.count)
+            pictures = torch.stack([square(sample["image"], pl_module.image_size) for sample in kept])
+            drawn = self.reconstruct(pl_module, pictures)
+            self.before = drawn if self.before is None else self.before
+            rows = {"picture": pictures, "before": self.before} | ({f"after {step} steps": drawn} if step else {})
+            cells = [Cell(to_pil_image(image), title, []) for title, images in rows.items() for image in images]
+            gallery(cells, across=len(pictures)).savefig(self.path, dpi=100, bbox_inches="tight")
         show("reconstructions/grid", self.path, trainer.loggers)
 
     def reconstruct(self, method: DIVA, pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 s s"]:
         """Drawn from noise and from what the method tells of each picture."""
-        with still(method):
-            method.seed_draws(0)  # each training step seeds them anew
-            condition = method.condition(*method.backbone.visual_tokens(pictures.type_as(method.visual_proj.weight)))
-            noise = torch.Generator().manual_seed(0)
-            return method.diffusion.sample(condition, method.null, self.steps, self.guidance, noise).cpu()
+        method.seed_draws(0)  # each training step seeds them anew
+        condition = method.condition(*method.backbone.visual_tokens(pictures.type_as(method.visual_proj.weight)))
+        noise = torch.Generator().manual_seed(0)
+        return method.diffusion.sample(condition, method.null, self.steps, self.guidance, noise).cpu()
 
     def state_dict(self) -> dict[str, Any]:
         """What was drawn before training: a resumed run could not draw it again."""

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from clipfix.backbone import Backbone
 
-
 PATCHES = 5
 
 

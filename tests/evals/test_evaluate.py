@@ -189,7 +189,8 @@ def test_selection_draws_curves_from_before_training_on(backbone, benchmark, tmp
     assert backbone.seen == 3 * 20
     names = {f"selection/{name}" for name in ("retrieval/mean", "again/mean", "zeroshot/shape", "zeroshot/colour")}
     names |= {"selection/pairs/mean", "selection/pairs/text"}
-    logged = [row for row in csv.DictReader(open(f"{logger.log_dir}/metrics.csv")) if row["selection/pairs/text"]]
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        logged = [row for row in csv.DictReader(file) if row["selection/pairs/text"]]
     assert {name for name in logged[0] if name.startswith("selection/")} == names
     assert [int(row["step"]) for row in logged] == [0, 1, 3]
     assert float(logged[0]["selection/retrieval/mean"]) == pytest.approx(before)
