@@ -130,12 +130,12 @@ def test_the_same_seed_draws_the_same_patches_whatever_the_batch(shard, monkeypa
 
 
 def test_both_rules_score_side_by_side_and_each_embeds_once(shard):
-    """Patches of picture 0 alone look like picture 1: the plain rule is not fooled, the other is."""
+    """Patches of picture 0 alone say the opposite of it: the plain rule is not fooled, the other is."""
     backbone = planted(torch.eye(8), torch.eye(8))
 
     def visual_tokens(images):
         pooled = backbone.encode_image(images)
-        return pooled, 4 * torch.where(pooled[:, :1] > 0, backbone.images[1], pooled)[:, None]
+        return pooled, torch.where(pooled[:, :1] > 0, -2 * pooled, pooled)[:, None]
 
     backbone.visual_tokens = visual_tokens
     plain = Pairs(shard, prefix="a photo of ")
