@@ -164,7 +164,8 @@ def test_samples_are_the_pipelines(diffusion, pipeline):
     texts = ["a red fish", "two blue stars"]
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     expected = pipeline(texts, num_inference_steps=3, guidance_scale=4.0, latents=latents, output_type="pt").images
-    images = diffusion.sample(texts, steps=3, guidance=4.0, generator=torch.Generator().manual_seed(1))
+    told, null = diffusion.condition(texts), diffusion.condition([""])[0]
+    images = diffusion.sample(told, null, steps=3, guidance=4.0, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(images, expected, atol=1e-4, rtol=1e-4)
 
 

@@ -64,6 +64,14 @@ def test_training_and_validation_share_a_panel_and_one_term_is_not_drawn_twice()
     assert report.curves([]) is None
 
 
+def test_what_a_method_watches_is_drawn_and_its_conditions_share_a_panel():
+    watched = ["selection/pairs/mean", "denoising/right", "drift/features", "denoising/null", "denoising/shuffled"]
+    rows = [{"step": str(i)} | dict.fromkeys([*watched, "train/loss", "lr-SGD", "data/skipped"], "1") for i in (0, 1)]
+    panels = {axis.get_title(): len(axis.lines) for axis in report.curves(rows).axes}
+    assert panels == {"loss": 1, "denoising, by condition": 3, "drift/features": 1, "selection/pairs/mean": 1}
+    assert next(iter(panels)) == "loss"
+
+
 def test_write_leaves_numbers_and_pictures(tmp_path, capsys):
     write_part(tmp_path, 0, [{"step": 0, "train/loss": 1.0}])
     report.write(tmp_path, SCORES, {}, {"seed": 3, "seconds": 4.2})

@@ -199,7 +199,7 @@ def selection(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
     from clipfix.evals.selection import Selection
 
-    if cfg.eval.selection is None or cfg.data.selection is None:
+    if not cfg.eval.selection or cfg.data.selection is None:
         return {}
     metric = cfg.eval.selection_metric
     best = ModelCheckpoint(folder / "checkpoints", filename="best", monitor=f"selection/{metric}", mode="max")

@@ -31,7 +31,8 @@ class Throughput(L.Callback):
         self.images = self.skipped = 0
         self.started = 0.0
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """After whatever other callbacks do before training."""
         self.restart()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -187,22 +187,29 @@ class Diffusion(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self, texts: list[str], steps: int, guidance: float, generator: torch.Generator
+        self,
+        condition: Float[Tensor, "b t d"],
+        null: Float[Tensor, "n d"],
+        steps: int,
+        guidance: float,
+        generator: torch.Generator,
     ) -> Float[Tensor, "b 3 h w"]:
-        """Images drawn from texts by DDIM with classifier-free guidance (1: none), for people to look at.
+        """Images in [0, 1] drawn under conditions by DDIM, for people to look at: `condition` makes those of texts.
+
+        Classifier-free guidance (1: none) leads away from `null`, the condition of no text.
 
         Source: DDIM, arXiv 2010.02502; guidance, arXiv 2207.12598.
         """
         scheduler = DDIMScheduler.from_config(self.scheduler.config, clip_sample=False)  # latents have no bounds
         scheduler.set_timesteps(steps, device=self.unet.device)
-        text, null = self.condition(texts), self.condition([""] * len(texts))
-        shape = (len(texts), self.unet.config.in_channels, self.unet.config.sample_size, self.unet.config.sample_size)
+        rows = len(condition)
+        shape = (rows, self.unet.config.in_channels, self.unet.config.sample_size, self.unet.config.sample_size)
         latents = torch.randn(shape, generator=generator, device=generator.device).to(self.unet.device)
         for timestep in scheduler.timesteps:
-            with_text, without = (
-                self.predict(latents, timestep.expand(len(texts)), condition) for condition in (text, null)
+            told, untold = (
+                self.predict(latents, timestep.expand(rows), given) for given in (condition, null.expand(rows, -1, -1))
             )
-            guided = without + guidance * (with_text - without)
+            guided = untold + guidance * (told - untold)
             latents = scheduler.step(guided, timestep, latents).prev_sample
         return self.decode(latents)
 

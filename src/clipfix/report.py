@@ -17,6 +17,7 @@ from clipfix.evals import Benchmark
 from clipfix.evals.gallery import AFTER, BEFORE
 
 Scores = dict[str, float]
+DRAWN = ("train", "val", "denoising", "drift", "positives", "selection", "perf")  # of what is logged, in this order
 
 
 def write(
@@ -135,19 +136,20 @@ def join_metrics(folder: Path) -> list[dict[str, str]]:
 
 
 def curves(metrics: list[dict[str, str]]) -> Figure | None:
-    """Every loss, selection score and rate that the csv logger wrote, against the optimizer step."""
+    """Every loss, selection score, note of a method and rate that the csv logger wrote, against the optimizer step."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in metrics:
         for name, value in row.items():
-            if value and name.split("/")[0] in ("train", "val", "selection", "perf"):
+            if value and name.split("/")[0] in DRAWN:
                 lines.setdefault(name, []).append((int(row["step"]), float(value)))
     if not lines:
         return None
-    # train/x and val/x share a panel: their distance is what one looks for.
+    # train/x and val/x share a panel, and so do the conditions of a generator: their distance is what one looks for.
     panels: dict[str, list[str]] = {}
-    for name in lines:
+    for name in sorted(lines, key=lambda name: DRAWN.index(name.split("/")[0])):
         stage, metric = name.split("/", 1)
-        panels.setdefault(metric if stage in ("train", "val") else name, []).append(name)
+        shared = {"train": metric, "val": metric, "denoising": "denoising, by condition"}
+        panels.setdefault(shared.get(stage, name), []).append(name)
     if sum(name.startswith("train/") for name in lines) == 2:  # a single term is the loss
         panels.pop("loss")
     across = min(3, len(panels))
@@ -155,7 +157,7 @@ def curves(metrics: list[dict[str, str]]) -> Figure | None:
     figure = Figure(figsize=(4 * across, 2.6 * down), layout="constrained")
     axes = figure.subplots(down, across, squeeze=False).flat
     for axis, (title, names) in zip(axes, panels.items(), strict=False):
-        for name, colour in zip(names, (AFTER, "#d1495b"), strict=False):
+        for name, colour in zip(names, (AFTER, "#d1495b", BEFORE), strict=False):
             axis.plot(
                 *zip(*lines[name], strict=True), color=colour, marker="." if len(lines[name]) < 20 else "", label=name
             )

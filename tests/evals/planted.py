@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from clipfix.backbone import Backbone
 
+PATCHES = 5
+
 
 class Planted(Backbone):
     """Picture i is `images[i]`, a text is `texts[text]`; both pass an identity layer and dropout, as if it trained."""
@@ -30,6 +32,11 @@ class Planted(Backbone):
     def encode_image(self, images: Tensor) -> Tensor:
         self.seen += len(images)
         return self._embed(self.images[(images[:, 0, 0, 0] * 255).round().long()])
+
+    def visual_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Patch n of a picture is its vector rolled by n + 1, and as many times as long."""
+        pooled = self.encode_image(images)
+        return pooled, torch.stack([(n + 1) * pooled.roll(n + 1, dims=-1) for n in range(PATCHES)], dim=1)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         return self._embed(self.vectors[tokens[:, 0]])

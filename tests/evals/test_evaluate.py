@@ -1,6 +1,7 @@
 """Scores must not leave a trace: neither in the model nor in the randomness of the run around them."""
 
 import copy
+import csv
 import random
 from collections import Counter
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from omegaconf import OmegaConf
 from planted import Planted, write_shard
 
@@ -129,7 +131,7 @@ class Method(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def train(backbone, folder, *callbacks):
+def train(backbone, folder, *callbacks, logger=False):
     torch.manual_seed(0)
     trainer = L.Trainer(
         max_steps=6,
@@ -137,10 +139,11 @@ def train(backbone, folder, *callbacks):
         num_sanity_val_steps=0,
         accelerator="cpu",
         callbacks=list(callbacks),
-        enable_checkpointing=bool(callbacks),
+        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
-        logger=False,
+        logger=logger,
+        log_every_n_steps=1,
         default_root_dir=folder,
     )
     loader = torch.utils.data.DataLoader(torch.arange(20), batch_size=4, shuffle=True)
@@ -150,20 +153,55 @@ def train(backbone, folder, *callbacks):
 
 def test_selection_chooses_the_checkpoint_and_leaves_training_bit_identical(backbone, benchmark, tmp_path):
     twin = copy.deepcopy(backbone)
-    best = ModelCheckpoint(tmp_path, monitor="selection/mean", mode="max")
-    scored, trainer = train(backbone, tmp_path, Selection(benchmark, "mean"), best)
+    best = ModelCheckpoint(tmp_path, monitor="selection/retrieval/mean", mode="max")
+    scored, trainer = train(backbone, tmp_path, Selection({"retrieval": benchmark}, "retrieval/mean"), best)
     alone, _ = train(twin, tmp_path)
     assert torch.equal(scored, alone)
     assert not torch.equal(scored, torch.eye(16))
     chosen = torch.load(best.best_model_path, weights_only=True)["state_dict"]["backbone.layer.weight"]
     twin.layer.weight.data = chosen
     assert benchmark(twin)["mean"] == pytest.approx(best.best_model_score.item())
-    assert "selection/mean" in trainer.callback_metrics
+    assert "selection/retrieval/mean" in trainer.callback_metrics
 
 
-def test_a_metric_that_is_not_scored_names_those_that_are(backbone, benchmark, tmp_path):
-    with pytest.raises(ValueError, match="image_to_text_R@1"):
-        train(backbone, tmp_path, Selection(benchmark, "accuracy"))
+class Told(Benchmark):
+    """Scores that the test wrote; it keeps the features that it was asked with."""
+
+    def __init__(self, **scores):
+        self.scores, self.asked = scores, []
+
+    def score(self, features):
+        self.asked.append(features)
+        return self.scores
+
+
+def test_selection_draws_curves_from_before_training_on(backbone, benchmark, tmp_path):
+    """The mean, or every metric where there is none, and the monitored one; shared shards embedded once a check."""
+    told, twin = Told(shape=90.0, colour=80.0), Told(mean=3.0, other=4.0, text=5.0)
+    benchmarks = {"retrieval": benchmark, "again": benchmark, "zeroshot": told, "pairs": twin}
+    logger = CSVLogger(tmp_path)
+    with scoring(backbone):
+        before = benchmark(backbone)["mean"]
+    backbone.seen = 0
+    _, trainer = train(backbone, tmp_path, Selection(benchmarks, "pairs/text"), logger=logger)
+    assert len(told.asked) == 3  # before, and after steps 2 and 4 of five an epoch
+    assert all(one is other for one, other in zip(told.asked, twin.asked, strict=True))
+    assert backbone.seen == 3 * 20
+    names = {f"selection/{name}" for name in ("retrieval/mean", "again/mean", "zeroshot/shape", "zeroshot/colour")}
+    names |= {"selection/pairs/mean", "selection/pairs/text"}
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        logged = [row for row in csv.DictReader(file) if row["selection/pairs/text"]]
+    assert {name for name in logged[0] if name.startswith("selection/")} == names
+    assert [int(row["step"]) for row in logged] == [0, 1, 3]
+    assert float(logged[0]["selection/retrieval/mean"]) == pytest.approx(before)
+    assert trainer.callback_metrics["selection/pairs/text"] == 5
+
+
+@pytest.mark.parametrize("metric", ["pairs/accuracy", "mean"])
+def test_a_metric_that_is_not_scored_names_those_that_are_before_training(metric, backbone, tmp_path):
+    with pytest.raises(ValueError, match="choose from pairs/mean, pairs/text"):
+        train(backbone, tmp_path, Selection({"pairs": Told(mean=1.0, text=2.0)}, metric))
+    assert torch.equal(backbone.layer.weight, torch.eye(16))
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("*.yaml")))
@@ -182,7 +220,9 @@ def test_every_yaml_binds_its_constructors(name):
     assert all(isinstance(benchmark, Benchmark) for benchmark in benchmarks.values())
     assert all("test" in benchmark.shards for benchmark in benchmarks.values())
     if cfg.eval.selection is not None:
-        assert "selection" in instantiate(cfg.eval.selection).shards
+        selection = instantiate(cfg.eval.selection)
+        assert all("selection" in benchmark.shards for benchmark in selection.values())
+        assert cfg.eval.selection_metric.split("/")[0] in selection
 
 
 def test_the_drawn_world_is_scored_on_every_factor_and_pattern(tmp_path, clip_folder):
@@ -206,5 +246,10 @@ def test_the_drawn_world_is_scored_on_every_factor_and_pattern(tmp_path, clip_fo
     scores = evaluate(Backbone(clip_folder, pretrained="random"), instantiate(cfg.eval.benchmarks))
     counts = Counter(name.split("/")[1] for name in scores)
     retrieval = dict.fromkeys(("retrieval_short", "retrieval_long", "retrieval_long_alike"), 7)
-    assert counts == {"pairs": 11, "zeroshot": 2, "probes": 13, **retrieval, "lengths": 5}
+    assert counts == {"pairs": 11, "pairs_local": 11, "zeroshot": 2, "probes": 13, **retrieval, "lengths": 5}
     assert all(0 <= score <= 100 for score in scores.values())
+    watched = Selection(instantiate(cfg.eval.selection), cfg.eval.selection_metric)
+    method = Method(Backbone(clip_folder, pretrained="random"))
+    assert {name.removeprefix("selection/") for name in watched.score(method)} == {
+        "pairs/mean", "zeroshot/shape", "zeroshot/colour", "retrieval_short/mean",
+    }  # fmt: skip

@@ -428,6 +428,14 @@ def test_watching_sees_three_conditions_and_changes_nothing(make):
             silent.zero_()
     assert method.notes["denoising/null"] == pytest.approx(terms(quiet, inputs)["denoising"].item(), rel=1e-5)
     assert method.notes["drift/features"] == pytest.approx(0, abs=1e-6)
+    unanchored = make(watch_every=2)
+    assert terms(unanchored, inputs).keys() == {"denoising"}
+    assert unanchored.notes["drift/features"] == pytest.approx(0, abs=1e-6)
+    with torch.no_grad():
+        unanchored.backbone.visual.proj.neg_()
+    terms(unanchored, inputs)
+    assert unanchored.notes["drift/features"] > 1  # features of the other sign
+    assert not any(name.startswith("original") for name in unanchored.trained_names())
     for batches_seen, training, looks in ((1, True, False), (2, True, True), (2, False, False)):
         method.batches_seen, method.notes = batches_seen, {}
         method.train(training)

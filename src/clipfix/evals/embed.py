@@ -7,13 +7,15 @@ that could leak is shut out in one place, `scoring`; a benchmark only ever meets
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from itertools import islice
+from random import Random
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from clipfix.backbone import Backbone
@@ -28,6 +30,63 @@ def embed_images(backbone: Backbone, images: Float[Tensor, "b 3 h w"]) -> Float[
     """The plain image embedding, unit norm."""
     device = next(backbone.parameters()).device
     return normalize(backbone.encode_image(images.to(device)).float(), dim=-1)
+
+
+@dataclass(frozen=True)
+class Local:
+    """Which patches of a picture join its embedding: `tokens` of them, a share below 1 of them, or null for each.
+
+    Patches are drawn with replacement, by seed and picture alone: whatever the batch, whoever asks. `normalized` says
+    whether every token has unit norm before the mean. Source: as `global_plus_local`, whose table of models is in
+    conf/eval/scenes.yaml.
+    """
+
+    tokens: int | float | None
+    normalized: bool
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.tokens is not None and not (0 < self.tokens < 1 or self.tokens == int(self.tokens) >= 1):
+            raise ValueError(f"eval: local.tokens is {self.tokens}: give a number, a share below 1, or null for all.")
+
+    def draw(self, key: str, patches: int) -> list[int]:
+        """The patches that count of the picture with this key."""
+        if self.tokens is None:
+            return list(range(patches))
+        amount = int(self.tokens if self.tokens >= 1 else max(1, self.tokens * patches))
+        return Random(f"{self.seed} {key}").choices(range(patches), k=amount)
+
+
+def global_plus_local(
+    pooled: Float[Tensor, "b d"], patches: Float[Tensor, "b m d"], normalized: bool
+) -> Float[Tensor, "b d"]:
+    """The image embedding plus the mean of patch tokens, of unit norm. The score to trust is the plain embedding's.
+
+    Whoever uses a CLIP reads its plain embedding, and nothing but this score ever sees the sum; the numbers of the two
+    rules do not compare, and with drawn patches they change from draw to draw.
+
+    Source: code of DIVA (arXiv 2407.20171), which scores OpenAI's, MetaCLIP's and DFN's 378 px models so on MMVP-VLM.
+    Departs: there the draws have no seed, and DFN's sums keep their norm, by which it compares them as well.
+    """
+    if normalized:
+        pooled, patches = normalize(pooled, dim=-1), normalize(patches, dim=-1)
+    return normalize(pooled + patches.mean(dim=1), dim=-1)
+
+
+def embed_locally(
+    backbone: Backbone, images: Float[Tensor, "b 3 h w"], keys: Sequence[str], local: Local
+) -> Float[Tensor, "b d"]:
+    """The image embedding by the rule of `global_plus_local`; `keys` name the pictures."""
+    device = next(backbone.parameters()).device
+    try:
+        pooled, patches = backbone.visual_tokens(images.to(device))
+    except ValueError as error:
+        raise ValueError(
+            f"{error} Or leave out the score that asks for patches: ~eval.benchmarks.pairs_local"
+        ) from error
+    drawn = torch.tensor([local.draw(key, patches.shape[1]) for key in keys], device=device)
+    picked = patches.gather(1, drawn[..., None].expand(-1, -1, patches.shape[-1]))
+    return global_plus_local(pooled.float(), picked.float(), local.normalized)
 
 
 def embed_texts(backbone: Backbone, texts: Sequence[str], at_most: int | None = None) -> Float[Tensor, "n d"]:
@@ -48,32 +107,37 @@ class Features:
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
-        self._seen: dict[tuple[str, ...], tuple[Tensor, list[Sample]]] = {}
+        self._seen: dict[tuple[tuple[str, ...], Local | None], tuple[Tensor, list[Sample]]] = {}
 
     def images(
-        self, shards: str | Sequence[str] | None, allow_pipe: bool = False
+        self, shards: str | Sequence[str] | None, allow_pipe: bool = False, local: Local | None = None
     ) -> tuple[Float[Tensor, "n d"], list[Sample]]:
-        """One row per sample of the shards, and the samples, in stored order."""
+        """One row per sample of the shards, and the samples, in stored order; by the plain rule, or with patches."""
         if not shards:
             raise ValueError(
                 "There are no shards to score: name them (eval.shards=/path/to/test-*.tar) or set eval=none."
             )
         urls = (shards,) if isinstance(shards, str) else tuple(shards)
-        if urls not in self._seen:
-            self._seen[urls] = self._embed(urls, allow_pipe)
-        return self._seen[urls]
+        if (urls, local) not in self._seen:
+            self._seen[urls, local] = self._embed(urls, allow_pipe, local)
+        return self._seen[urls, local]
 
     def texts(self, texts: Sequence[str], at_most: int | None = None) -> Float[Tensor, "n d"]:
         """One row per text, cut after `at_most` tokens if given."""
         return embed_texts(self.backbone, texts, at_most)
 
-    def _embed(self, urls: tuple[str, ...], allow_pipe: bool) -> tuple[Float[Tensor, "n d"], list[Sample]]:
+    def _embed(
+        self, urls: tuple[str, ...], allow_pipe: bool, local: Local | None
+    ) -> tuple[Float[Tensor, "n d"], list[Sample]]:
         rows: list[Tensor] = []
         kept: list[Sample] = []
         stream = samples(urls, allow_pipe)
         while batch := list(islice(stream, BATCH)):
             images = torch.stack([square(sample.pop("image"), self.backbone.image_size) for sample in batch])
-            rows.append(embed_images(self.backbone, images))
+            if local is None:
+                rows.append(embed_images(self.backbone, images))
+            else:
+                rows.append(embed_locally(self.backbone, images, [sample["key"] for sample in batch], local))
             kept += batch
         if not rows:
             raise ValueError(f"No sample of {', '.join(urls)} could be read: the log says why.")
@@ -81,26 +145,37 @@ class Features:
 
 
 @contextmanager
+def still(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode and without gradient; its training modes and all random states come back as they were.
+
+    `no_grad` rather than `inference_mode`: what a model caches lazily must remain usable in training.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    with isolate_rng(), torch.no_grad():
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+@contextmanager
 def scoring(backbone: Backbone) -> Iterator[Features]:
     """Features in fp32 from a still model: a run is bit-identical with and without the scores taken on its way.
 
-    Random states, training modes and precision settings come back as they were. `no_grad` rather than
-    `inference_mode`: what a model caches lazily must remain usable in training.
+    Precision settings come back as they were, like all that `still` minds.
     """
-    modes = [(module, module.training) for module in backbone.modules()]
     matmul = torch.get_float32_matmul_precision()
     weights = [p for p in backbone.parameters() if p.is_floating_point()]
     with ExitStack() as stack:
-        stack.enter_context(isolate_rng())
-        stack.enter_context(torch.no_grad())
+        stack.enter_context(still(backbone))
         stack.enter_context(torch.autocast(weights[0].device.type, enabled=False))
         # TF32 keeps 10 bits of mantissa: fast in training, but it makes ties.
         stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=False))
         stack.callback(torch.set_float32_matmul_precision, matmul)
         torch.set_float32_matmul_precision("highest")
-        for module, training in modes:
-            stack.callback(setattr, module, "training", training)
         # Weights held in half precision are scored through an fp32 copy.
         if any(p.dtype != torch.float32 for p in weights):
             backbone = copy.deepcopy(backbone).float()
-        yield Features(backbone.eval())
+        yield Features(backbone)

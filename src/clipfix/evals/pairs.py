@@ -1,8 +1,9 @@
 """Look-alike pairs: two pictures that differ in one thing, and a statement for each."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from clipfix.data import samples
 from clipfix.evals import Benchmark
-from clipfix.evals.embed import Features, Sample
+from clipfix.evals.embed import Features, Local, Sample
 from clipfix.evals.gallery import Cell, gallery
 
 
@@ -34,14 +35,16 @@ class Pairs(Benchmark):
     """MMVP-VLM's rule on shards whose records carry `pair`, `pattern` and `statement`.
 
     `mean` is over patterns, so that no pattern counts more for having more pairs; `ties` counts texts, chance is 25.
+    With `local` (`tokens`, `normalized`, `seed`: see `Local`) a picture is embedded as DIVA's code does for this score.
     """
 
-    def __init__(self, shards: str | Sequence[str], prefix: str) -> None:
+    def __init__(self, shards: str | Sequence[str], prefix: str, local: Mapping[str, Any] | None = None) -> None:
         self.shards, self.prefix = shards, prefix
+        self.local = Local(**local) if local is not None else None
         self.answers: list[dict[int, bool]] = []  # per scoring: pair -> both texts picked their own image
 
     def score(self, features: Features) -> dict[str, float]:
-        images, kept = features.images(self.shards)
+        images, kept = features.images(self.shards, local=self.local)
         pairs = self.rows(kept)
         order = torch.tensor(list(pairs.values()))
         texts = features.texts([self.prefix + sample["json"]["statement"] for sample in kept])
@@ -54,7 +57,9 @@ class Pairs(Benchmark):
         return {"mean": fmean(scores.values()), **scores, "ties": float(tied.sum())}
 
     def figure(self, columns: Sequence[str]) -> Figure | None:
-        """One pair a pattern, if possible one whose answer changed between the last scorings."""
+        """One pair a pattern, if possible one whose answer changed between the last scorings; of the plain rule."""
+        if self.local is not None:
+            return None
         answers = self.answers[-len(columns) :]
         by_pattern: dict[str, list[tuple[bool, int, list[Sample]]]] = defaultdict(list)
         kept = list(samples(self.shards))

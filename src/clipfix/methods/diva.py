@@ -178,8 +178,9 @@ class DIVA(Method):
         self.visual_proj.requires_grad_(self.control != "off")
         backbone.requires_grad_(False)
         # The original shares the text tower, which never trains. Frozen, it stays out of checkpoints.
-        self.original = copy.deepcopy(backbone, {id(backbone.text): backbone.text}) if anchor else None
-        if self.original is not None:
+        self.original = None
+        if anchor or watch_every:
+            self.original = copy.deepcopy(backbone, {id(backbone.text): backbone.text})
             self.original.visual.eval()
         for part in trained_parts(backbone.visual, train, train_blocks, lora):
             part.requires_grad_(True)
@@ -204,12 +205,13 @@ class DIVA(Method):
             terms["denoising"] = self.feedback(batch["image"], condition, batch.get("latents"))
         if self.caption_weight and text is not None:
             terms["caption"] = self.caption_weight * self.contrast(image, text, label_smoothing=0.0)
-        if self.original is not None:
+        if self.original is not None and (self.anchor or self.watching):
             with torch.no_grad():
                 original = F.normalize(self.original.encode_image(batch["image"]).float(), dim=-1)
             if self.watching:
                 self.note("drift/features", feature_drift(image, original).item())
-            terms["anchor"] = self.anchor_weight * self.drift(image, original, text)
+            if self.anchor:
+                terms["anchor"] = self.anchor_weight * self.drift(image, original, text)
         return terms
 
     # -- feedback -----------------------------------------------------------------------------------------------------
