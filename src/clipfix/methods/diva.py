@@ -149,6 +149,7 @@ class DIVA(Method):
         timesteps: dict[str, Any],
         train: str,
         train_blocks: int | None,
+        checkpointing: bool,
         projection_steps: int,
         anchor: str | None,
         anchor_weight: float,
@@ -203,6 +204,8 @@ class DIVA(Method):
             self.original.visual.eval()
         for part in trained_parts(backbone.visual, train, train_blocks):
             part.requires_grad_(True)
+        if checkpointing:
+            backbone.checkpoint_visual()
         # The null text never changes: one pass here instead of one a step.
         self.register_buffer("null", diffusion.condition([""])[0].float(), persistent=False)
 
