@@ -139,7 +139,7 @@ def test_bf16_stays_near_fp32(folder, diffusion, generator):
 
 
 def test_shipped_generator_in_bf16_stays_near_fp32(generator):
-    """Trained weights: its latents within 1 %, its prediction within 3 %, what a condition learns from it within 10 %."""
+    """Trained weights: latents within 1 %, predictions within 3 %, what a condition learns from them within 10 %."""
     half, full = (Diffusion(str(PACKAGE / "tiny/diffusion"), dtype=dtype) for dtype in ("bf16", "fp32"))
     images = torch.rand(2, 3, 48, 48, generator=generator)
     assert relative(half.encode(images), full.encode(images)) < 0.01

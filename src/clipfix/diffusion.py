@@ -8,6 +8,7 @@ ships with this package is such a folder too; only its autoencoder, `PatchPCA`, 
 import copy
 import gzip
 import json
+from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging
 
@@ -187,7 +189,11 @@ class Diffusion(nn.Module):
         """The U-Net's answer, in fp32; its condition may have any number of tokens."""
         dtype = self.unet.dtype
         unet = self.unet if torch.is_grad_enabled() else self.unet.forward  # which is never the compiled one
-        return unet(noisy.to(dtype), timesteps, encoder_hidden_states=condition.to(dtype)).sample.float()
+        # On a CPU, fused attention is slower than plain products in the backward pass of bf16. Activations that
+        # are computed a second time are computed outside of this choice, so checkpointing goes without it.
+        plain = dtype == torch.bfloat16 and noisy.device.type == "cpu" and not self.unet.is_gradient_checkpointing
+        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+            return unet(noisy.to(dtype), timesteps, encoder_hidden_states=condition.to(dtype)).sample.float()
 
     @torch.no_grad()
     def sample(
