@@ -128,6 +128,11 @@ class Backbone(nn.Module):
         if text.attn_mask is not None:
             text.attn_mask = text.build_causal_mask().to(table.device)
 
+    def checkpoint_visual(self) -> None:
+        """Keep activations at block borders alone; the backward pass computes the visual tower's others once more."""
+        visual: Any = self.visual
+        visual.set_grad_checkpointing()
+
     def encode_image(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """Pictures in [0, 1] to the joint space, not normalized."""
         return self.model.encode_image(self._pixels(images))

@@ -8,6 +8,7 @@ ships with this package is such a folder too; only its autoencoder, `PatchPCA`, 
 import copy
 import gzip
 import json
+from contextlib import nullcontext
 from hashlib import blake2b
 from importlib.resources import files
 from pathlib import Path
@@ -25,6 +26,7 @@ from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging
 
@@ -82,20 +84,43 @@ class Diffusion(nn.Module):
     The text encoder is only needed to embed texts: where those are known in advance, embed them and
     `del diffusion.text_encoder`.
 
+    `dtype` is that of its weights; what comes out is fp32. `compiled` hands the U-Net's passes that need a gradient to
+    torch.compile; the others, few and of other sizes, run as they are. `checkpointing` keeps the U-Net's activations
+    at block borders alone and computes the rest a second time in the backward pass. Neither changes the values.
+
+    A folder whose parts do not fit each other, or whose U-Net asks for more than a text, is a ValueError that says so.
+
     Source: latent diffusion, arXiv 2112.10752; the folder layout is diffusers' own.
     """
 
-    def __init__(self, path: str, revision: str | None = None, dtype: Literal["fp32", "bf16"] = "fp32") -> None:
+    def __init__(
+        self,
+        path: str,
+        revision: str | None = None,
+        dtype: Literal["fp32", "bf16"] = "fp32",
+        compiled: bool = False,
+        checkpointing: bool = False,
+    ) -> None:
         super().__init__()
         if dtype not in DTYPES:
             raise ValueError(f"diffusion.dtype is {dtype}: choose {' or '.join(DTYPES)}.")
+        # Emulated bf16, which older GPUs have, is slower than fp32.
+        if (
+            dtype == "bf16"
+            and torch.cuda.is_available()
+            and not torch.cuda.is_bf16_supported(including_emulation=False)
+        ):
+            raise ValueError(f"{torch.cuda.get_device_name()} computes nothing in bf16: set diffusion.dtype=fp32.")
         weights: dict[str, Any] = {"use_safetensors": True, "torch_dtype": DTYPES[dtype], "low_cpu_mem_usage": False}
         try:
             folder = _folder(path, revision)
-            vae_class = json.loads((folder / "vae/config.json").read_text())["_class_name"]
-            vae = {"PatchPCA": PatchPCA, "AutoencoderKL": AutoencoderKL}[vae_class]
+            configs = {part: json.loads((folder / part / file).read_text()) for part, file in CONFIG_FILES.items()}
+            if not (folder / "tokenizer").is_dir():
+                raise FileNotFoundError(f"no folder {folder / 'tokenizer'}")
+            _check_fit(path, **configs)
+            vae_class = VAES[configs["vae"]["_class_name"]]
             self.unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", **weights)
-            self.vae = vae.from_pretrained(folder, subfolder="vae", **weights)
+            self.vae = vae_class.from_pretrained(folder, subfolder="vae", **weights)
             self.text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", **weights)
             self.tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
             # Folders name a sampler; the forward process, all that training needs, is DDPM's in each.
@@ -106,17 +131,17 @@ class Diffusion(nn.Module):
                 "layout (unet/ vae/ text_encoder/ tokenizer/ scheduler/): diffusion.path=/folder"
             ) from error
         self.requires_grad_(False).eval()
+        if compiled:
+            self.unet.compile(dynamic=False)
+        if checkpointing:
+            self.unet.enable_gradient_checkpointing()
 
         self.prediction_type: str = self.scheduler.config.prediction_type
-        if self.prediction_type not in ("epsilon", "v_prediction"):
-            raise ValueError(
-                f"{path} predicts {self.prediction_type!r}: diffusion.path takes a model of epsilon or v_prediction."
-            )
         self.num_timesteps: int = self.scheduler.config.num_train_timesteps
         self.condition_dim: int = self.unet.config.cross_attention_dim
         self.condition_tokens: int = self.tokenizer.model_max_length
         # An AutoencoderKL halves the side between each two of its blocks.
-        patch = vae_class == "PatchPCA"
+        patch = vae_class is PatchPCA
         shrink = self.vae.config.patch_size if patch else 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.image_size: int = self.unet.config.sample_size * shrink
 
@@ -183,7 +208,12 @@ class Diffusion(nn.Module):
     ) -> Float[Tensor, "b c y x"]:
         """The U-Net's answer, in fp32; its condition may have any number of tokens."""
         dtype = self.unet.dtype
-        return self.unet(noisy.to(dtype), timesteps, encoder_hidden_states=condition.to(dtype)).sample.float()
+        unet = self.unet if torch.is_grad_enabled() else self.unet.forward  # which is never the compiled one
+        # On a CPU, fused attention is slower than plain products in the backward pass of bf16. Activations that
+        # are computed a second time are computed outside of this choice, so checkpointing goes without it.
+        plain = dtype == torch.bfloat16 and noisy.device.type == "cpu" and not self.unet.is_gradient_checkpointing
+        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+            return unet(noisy.to(dtype), timesteps, encoder_hidden_states=condition.to(dtype)).sample.float()
 
     @torch.no_grad()
     def sample(
@@ -216,6 +246,54 @@ class Diffusion(nn.Module):
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype) -> None:
         """Write the folder that the constructor reads, weights in `dtype`."""
         _write(folder, dtype, self.unet, self.vae, self.text_encoder, self.tokenizer, self.scheduler)
+
+
+# What a folder holds beside the tokenizer, each part with the file that describes it.
+CONFIG_FILES = {
+    "unet": "config.json",
+    "vae": "config.json",
+    "text_encoder": "config.json",
+    "scheduler": "scheduler_config.json",
+}
+VAES: dict[str, type[PatchPCA] | type[AutoencoderKL]] = {"PatchPCA": PatchPCA, "AutoencoderKL": AutoencoderKL}
+
+
+def _check_fit(
+    path: str, unet: dict[str, Any], vae: dict[str, Any], text_encoder: dict[str, Any], scheduler: dict[str, Any]
+) -> None:
+    """Refuses parts that do not fit each other, from their configs: no weight is read, let alone a step trained."""
+    if vae["_class_name"] not in VAES:
+        raise ValueError(f"{path} has a {vae['_class_name']}: diffusion.path takes a model with {' or '.join(VAES)}.")
+    prediction_type = scheduler.get("prediction_type", "epsilon")
+    if prediction_type not in ("epsilon", "v_prediction"):
+        raise ValueError(
+            f"{path} predicts {prediction_type!r}: diffusion.path takes a model of epsilon or v_prediction."
+        )
+    if unet.get("addition_embed_type") is not None:  # SDXL
+        raise ValueError(
+            f"{path} is told more than a text (addition_embed_type is {unet['addition_embed_type']!r}): "
+            "diffusion.path takes a model of the kind of Stable Diffusion 1.x or 2.x."
+        )
+    if unet.get("class_embed_type") is not None:
+        raise ValueError(
+            f"{path} is told more than a text (class_embed_type is {unet['class_embed_type']!r}): "
+            "diffusion.path takes a model of the kind of Stable Diffusion 1.x or 2.x."
+        )
+    if not isinstance(unet["sample_size"], int):
+        raise ValueError(
+            f"unet/config.json of {path} has the sample_size {unet['sample_size']}: give one whole number."
+        )
+    channels, width = vae["latent_channels"], text_encoder["hidden_size"]
+    if not unet["in_channels"] == unet["out_channels"] == channels:  # inpainting, depth, upscaling
+        raise ValueError(
+            f"The U-Net of {path} reads {unet['in_channels']} channels and answers with {unet['out_channels']}, its "
+            f"autoencoder makes {channels}: diffusion.path takes a text-to-image model, where all three are the same."
+        )
+    if unet["cross_attention_dim"] != width:
+        raise ValueError(
+            f"The U-Net of {path} attends to a width of {unet['cross_attention_dim']}, its text encoder gives {width}: "
+            "put the text encoder that the U-Net was trained with into the folder."
+        )
 
 
 def blank(

@@ -387,6 +387,14 @@ def test_named_part_of_the_tower_trains_and_all_of_it_is_reached(train, blocks, 
     assert gradients(method, batch(3)).keys() == method.trained_names()
 
 
+@pytest.mark.parametrize("train", ["visual", "norms"])
+def test_checkpointed_tower_has_the_same_loss_and_gradients(train, make):
+    plain, checkpointed, inputs = make(train=train), make(train=train, checkpointing=True), batch(3)
+    assert checkpointed.backbone.visual.transformer.grad_checkpointing
+    torch.testing.assert_close(terms(checkpointed, inputs), terms(plain, inputs))
+    torch.testing.assert_close(gradients(checkpointed, inputs), gradients(plain, inputs), atol=1e-6, rtol=1e-4)
+
+
 STRICT = [
     {"name": "AdamW", "lr": 1e-2, "momentum": None, "weight_decay": 0.5},
     {"name": "SGD", "lr": 1e-1, "momentum": 0.9, "weight_decay": 0.5},

@@ -129,6 +129,7 @@ class DIVA(Method):
         train: str,
         train_blocks: int | None,
         lora: dict[str, Any],
+        checkpointing: bool,
         projection_steps: int,
         anchor: str | None,
         anchor_weight: float,
@@ -184,6 +185,8 @@ class DIVA(Method):
             self.original.visual.eval()
         for part in trained_parts(backbone.visual, train, train_blocks, lora):
             part.requires_grad_(True)
+        if checkpointing:
+            backbone.checkpoint_visual()
         # The null text never changes: one pass here instead of one a step.
         self.register_buffer("null", diffusion.condition([""])[0].float(), persistent=False)
 
