@@ -84,9 +84,10 @@ class Diffusion(nn.Module):
     The text encoder is only needed to embed texts: where those are known in advance, embed them and
     `del diffusion.text_encoder`.
 
-    `dtype` is that of its weights; what comes out is fp32. `compiled` hands the U-Net's passes that need a gradient to
-    torch.compile; the others, few and of other sizes, run as they are. `checkpointing` keeps the U-Net's activations
-    at block borders alone and computes the rest a second time in the backward pass. Neither changes the values.
+    `dtype` is that of its weights, `auto` bf16 where the device has it; what comes out is fp32. `compiled` hands
+    the U-Net's passes that need a gradient to torch.compile; the others, few and of other sizes, run as they are.
+    `checkpointing` keeps the U-Net's activations at block borders alone and computes the rest a second time in the
+    backward pass. Neither changes the values.
 
     A folder whose parts do not fit each other, or whose U-Net asks for more than a text, is a ValueError that says so.
 
@@ -97,19 +98,16 @@ class Diffusion(nn.Module):
         self,
         path: str,
         revision: str | None = None,
-        dtype: Literal["fp32", "bf16"] = "fp32",
+        dtype: Literal["auto", "fp32", "bf16"] = "fp32",
         compiled: bool = False,
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if dtype not in DTYPES:
-            raise ValueError(f"diffusion.dtype is {dtype}: choose {' or '.join(DTYPES)}.")
-        # Emulated bf16, which older GPUs have, is slower than fp32.
-        if (
-            dtype == "bf16"
-            and torch.cuda.is_available()
-            and not torch.cuda.is_bf16_supported(including_emulation=False)
-        ):
+        if dtype not in ("auto", *DTYPES):
+            raise ValueError(f"diffusion.dtype is {dtype}: choose auto, {' or '.join(DTYPES)}.")
+        if dtype == "auto":
+            dtype = "bf16" if has_bf16() else "fp32"
+        elif dtype == "bf16" and torch.cuda.is_available() and not has_bf16():
             raise ValueError(f"{torch.cuda.get_device_name()} computes nothing in bf16: set diffusion.dtype=fp32.")
         weights: dict[str, Any] = {"use_safetensors": True, "torch_dtype": DTYPES[dtype], "low_cpu_mem_usage": False}
         try:
@@ -246,6 +244,13 @@ class Diffusion(nn.Module):
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype) -> None:
         """Write the folder that the constructor reads, weights in `dtype`."""
         _write(folder, dtype, self.unet, self.vae, self.text_encoder, self.tokenizer, self.scheduler)
+
+
+def has_bf16() -> bool:
+    """Whether the GPU, or without one the CPU, computes in bf16 itself: emulated, it is slower than fp32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 # What a folder holds beside the tokenizer, each part with the file that describes it.

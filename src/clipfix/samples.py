@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from clipfix.data import samples, square
-from clipfix.evals.embed import still
+from clipfix.evals.embed import BATCH, still
 from clipfix.evals.gallery import Cell, gallery
 from clipfix.methods.denoise import Denoise, joined_texts
 from clipfix.methods.diva import DIVA
@@ -96,9 +96,9 @@ class Reconstructions(L.Callback):
             return
         self.drawn_at = step
         with still(pl_module):
-            kept = islice(samples(self.shards or (), self.allow_pipe), self.count)
+            kept = islice(samples(self.shards or (), self.allow_pipe), max(self.count, BATCH))
             pictures = torch.stack([square(sample["image"], pl_module.image_size) for sample in kept])
-            drawn = self.reconstruct(pl_module, pictures)
+            drawn, pictures = self.reconstruct(pl_module, pictures), pictures[: self.count]
             self.before = drawn if self.before is None else self.before
             rows = {"picture": pictures, "before": self.before} | ({f"after {step} steps": drawn} if step else {})
             cells = [Cell(to_pil_image(image), title, []) for title, images in rows.items() for image in images]
@@ -106,9 +106,10 @@ class Reconstructions(L.Callback):
         show("reconstructions/grid", self.path, trainer.loggers)
 
     def reconstruct(self, method: DIVA, pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 s s"]:
-        """Drawn from noise and from what the method tells of each picture."""
+        """The first drawn, from noise and what the method tells of each; the others give the mean that it may take."""
         method.seed_draws(0)  # each training step seeds them anew
         condition = method.condition(*method.backbone.visual_tokens(pictures.type_as(method.visual_proj.weight)))
+        condition = condition[: self.count]
         noise = torch.Generator().manual_seed(0)
         return method.diffusion.sample(condition, method.null, self.steps, self.guidance, noise).cpu()
 

@@ -3,6 +3,8 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import lightning as L
@@ -21,11 +23,26 @@ from clipfix.trained import merged
 MAX_LOGIT_SCALE = math.log(100)  # CLIP (arXiv 2103.00020), section 2.5: the temperature is kept from growing further.
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A part that trains from optimizer step `first` until before `end`; `lr` where it is not the optimizer's."""
+
+    module: nn.Module
+    first: int
+    end: int
+    lr: float | None = None
+
+    def factor(self, step: int, warmup_steps: int) -> float:
+        """On the learning rate: warm-up and cosine within the stage."""
+        return warmup_cosine(max(0, step - self.first), min(warmup_steps, self.end - self.first), self.end - self.first)
+
+
 class Method(L.LightningModule, ABC):
     """Everything that all repairs share, so that a method is its `__init__` and its `loss(batch)`.
 
     `optimizer` names one of torch.optim and its settings, null ones left out. The learning rate warms up linearly over
-    `warmup_steps` and falls to zero along a cosine at `steps`, counted in optimizer steps.
+    `warmup_steps` and falls to zero along a cosine at `steps`, counted in optimizer steps. A method that trains one
+    part after another says so in `stages`; each then has such a schedule of its own.
     """
 
     # Which of data.texts a batch must carry; checked before anything runs.
@@ -164,12 +181,29 @@ class Method(L.LightningModule, ABC):
         for table, rows in self.frozen_rows:
             table[: len(rows)] = rows.to(table.device)
 
+    def stages(self) -> list[Stage]:
+        """What trains when: all that asks for a gradient, from the first step to the last."""
+        return [Stage(self, 0, self.steps)]
+
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         settings = dict(self.optimizer_settings)
-        optimizer = getattr(torch.optim, settings.pop("name"))(parameter_groups(self), **settings)
+        groups: list[dict[str, Any]] = []
+        factors: list[Callable[[int], float]] = []
+        for stage in self.stages():
+            for group in parameter_groups(stage.module):
+                groups.append(group if stage.lr is None else group | {"lr": stage.lr})
+                factors.append(partial(stage.factor, warmup_steps=self.warmup_steps))
+        optimizer = getattr(torch.optim, settings.pop("name"))(groups, **settings)
         optimizer.register_step_post_hook(self.restore_rows)
-        schedule = LambdaLR(optimizer, lambda step: warmup_cosine(step, self.warmup_steps, self.steps))
+        schedule = LambdaLR(optimizer, factors)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """A weight without a gradient is one that no optimizer touches, by decay or momentum either."""
+        for stage in self.stages():
+            if not stage.first <= self.global_step < stage.end:
+                for parameter in stage.module.parameters():
+                    parameter.grad = None
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from clipfix.backbone import Backbone
 from clipfix.diffusion import Diffusion
 from clipfix.functional.anchors import feature_drift, similarity_drift
 from clipfix.functional.denoising import denoising_loss, logit_normal_timesteps
-from clipfix.methods.base import Method, check_choice
+from clipfix.methods.base import Method, Stage, check_choice
 from clipfix.trained import trained_parts
 
 Patches = Float[Tensor, "b n d"]
@@ -130,7 +130,10 @@ class DIVA(Method):
         train_blocks: int | None,
         lora: dict[str, Any],
         checkpointing: bool,
+        condition_tokens: int,
+        projection_from: str,
         projection_steps: int,
+        projection_lr: float | None,
         anchor: str | None,
         anchor_weight: float,
         caption_weight: float,
@@ -145,6 +148,7 @@ class DIVA(Method):
         check_choice("null_text", null_text, "tokenwise", "mean")
         check_choice("timesteps.law", timesteps["law"], "uniform", "logit_normal")
         check_choice("train", train, "visual", "norms", "blocks", "lora")
+        check_choice("projection_from", projection_from, "images", "captions")
         check_choice("anchor", anchor, None, "features", "similarities")
         check_choice("control", self.control, None, "shuffled", "off")
         if patches not in PATCH_RULES:
@@ -160,6 +164,13 @@ class DIVA(Method):
             )
         if not 0 <= projection_steps <= steps:
             raise ValueError(f"method.projection_steps is {projection_steps}: set it between 0 and {steps}, the steps.")
+        if projection_from == "captions" and (projection_steps == 0 or patches != "none"):
+            raise ValueError(
+                "method.projection_from=captions learns the projection in stage one, from whole captions: set "
+                "method.projection_steps above 0, and method.patches=none, as a patch has no caption."
+            )
+        if condition_tokens < 1:
+            raise ValueError(f"method.condition_tokens is {condition_tokens}: set it to 1 or more.")
         if self.control == "off" and (projection_steps or not caption_weight):
             raise ValueError(
                 "method.control=off leaves no feedback to train with, and no projection: set method.caption_weight "
@@ -170,12 +181,18 @@ class DIVA(Method):
         self.null_text = null_text
         self.draws = draws
         self.timesteps, self.timestep_range = timesteps, (low, high)
-        self.projection_steps = projection_steps
+        self.condition_tokens = condition_tokens
+        self.projection_from = projection_from
+        self.projection_steps, self.projection_lr = projection_steps, projection_lr
         self.anchor, self.anchor_weight, self.caption_weight = anchor, anchor_weight, caption_weight
         self.watch_every = watch_every
-        self.reads = ("caption",) if caption_weight or anchor == "similarities" else ()
+        short = ("caption",) if caption_weight or anchor == "similarities" else ()
+        self.reads = (*short, "captions") if projection_from == "captions" else short
 
-        self.visual_proj = nn.Linear(backbone.embed_dim, diffusion.condition_dim)
+        self.visual_proj = nn.Linear(backbone.embed_dim, condition_tokens * diffusion.condition_dim)
+        if projection_from == "captions":  # stage one starts from the null text, not from a random text
+            nn.init.zeros_(self.visual_proj.weight)
+            nn.init.zeros_(self.visual_proj.bias)
         self.visual_proj.requires_grad_(self.control != "off")
         backbone.requires_grad_(False)
         # The original shares the text tower, which never trains. Frozen, it stays out of checkpoints.
@@ -198,14 +215,26 @@ class DIVA(Method):
     def latents_of(self) -> str:
         return self.diffusion.latents_of(self.image_size)
 
+    def stages(self) -> list[Stage]:
+        """The projection, then the tower; learned from images, the projection goes on beside the tower."""
+        end = self.projection_steps if self.projection_from == "captions" else self.steps
+        projection = Stage(self.visual_proj, 0, end, self.projection_lr)
+        return [projection, Stage(self.backbone, self.projection_steps, self.steps)]
+
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        if self.projection_from == "captions" and self.global_step < self.projection_steps:
+            denoising = self.feedback(batch["image"], self.condition_of_captions(batch), batch.get("latents"), False)
+            # DDP waits for a gradient of every weight, so the resting tower hands in zeros.
+            idle = torch.stack([weight.sum() for weight in self.backbone.parameters() if weight.requires_grad]).sum()
+            return {"denoising": denoising + 0 * idle}
         pooled, patches = self.backbone.visual_tokens(batch["image"])
         image = F.normalize(pooled.float(), dim=-1)
-        text = self.texts(batch["caption"]) if self.reads else None
+        text = self.texts(batch["caption"]) if "caption" in self.reads else None
         terms = {}
         if self.control != "off":
             condition = self.condition(pooled, patches)
-            terms["denoising"] = self.feedback(batch["image"], condition, batch.get("latents"))
+            shuffled = self.control == "shuffled"
+            terms["denoising"] = self.feedback(batch["image"], condition, batch.get("latents"), shuffled)
         if self.caption_weight and text is not None:
             terms["caption"] = self.caption_weight * self.contrast(image, text, label_smoothing=0.0)
         if self.original is not None and (self.anchor or self.watching):
@@ -221,16 +250,37 @@ class DIVA(Method):
 
     def condition(self, pooled: Float[Tensor, "b d"], patches: Patches) -> Float[Tensor, "b m c"]:
         """What the diffusion model is told of each image."""
-        tokens = torch.cat([pooled[:, None], self.pick_patches(patches)], dim=1)
-        return condition_from_tokens(self.visual_proj(tokens), self.null, self.null_text)
+        if self.projection_from == "captions":
+            return self.project(self.without_gap(pooled)[:, None])
+        return self.project(torch.cat([pooled[:, None], self.pick_patches(patches)], dim=1))
+
+    def condition_of_captions(self, batch: dict[str, Any]) -> Float[Tensor, "b m c"]:
+        """What the diffusion model is told of each image by its captions, averaged in the joint space."""
+        with torch.no_grad():
+            text = self.texts(batch["captions"]).unflatten(0, (len(batch["image"]), -1)).mean(1)
+        return self.project(self.without_gap(text)[:, None])
+
+    def without_gap(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
+        """Images and texts where both can be: unit norm, less the mean of the joined batch, of unit scale again.
+
+        Source: CLIP's two kinds of features lie apart, and nearly by a constant (arXiv 2203.02053, section 4).
+        """
+        features = F.normalize(features.float(), dim=-1)
+        return (features - self.gather(features).mean(0)) * features.shape[1] ** 0.5
+
+    def project(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b m c"]:
+        """Tokens of the joint space, each as `condition_tokens` of the cross-attention space."""
+        projected = self.visual_proj(tokens).unflatten(-1, (self.condition_tokens, -1)).flatten(1, 2)
+        return condition_from_tokens(projected, self.null, self.null_text)
 
     def feedback(
         self,
         images: Float[Tensor, "b 3 h w"],
         condition: Float[Tensor, "b m c"],
-        latents: Float[Tensor, "b z y x"] | None = None,
+        latents: Float[Tensor, "b z y x"] | None,
+        shuffled: bool,
     ) -> Float[Tensor, ""]:
-        """The denoising loss, told of each image or, in the control, of another one; `latents` where they are known."""
+        """The denoising loss, told of each image or, `shuffled`, of another one; `latents` where they are known."""
         latents = self.diffusion.encode(images) if latents is None else latents
         rows, *shape = latents.shape
         noise = self.draw(torch.randn, rows=rows, shape=(self.draws, *shape)).flatten(0, 1)
@@ -247,7 +297,7 @@ class DIVA(Method):
             with torch.no_grad():
                 for name, told in {"right": condition, "shuffled": self.of_others(condition), "null": null}.items():
                     self.note(f"denoising/{name}", error(told).item())
-        return error(self.of_others(condition) if self.control == "shuffled" else condition)
+        return error(self.of_others(condition) if shuffled else condition)
 
     def draw_timesteps(self, rows: int) -> Int[Tensor, "b k"]:
         """This rank's timesteps, `draws` an image."""
@@ -284,9 +334,3 @@ class DIVA(Method):
         if text is None or self.anchor == "features":
             return feature_drift(image, original)
         return similarity_drift(image, original, self.gather(text), self.backbone.logit_scale.exp())
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Stage one: a weight without a gradient is one that no optimizer touches, by decay or momentum either."""
-        if self.global_step < self.projection_steps:
-            for parameter in self.backbone.parameters():
-                parameter.grad = None
