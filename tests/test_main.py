@@ -44,6 +44,7 @@ SIZES = {
 }
 WORLD = [f"data.prepare.{name}={size}" for name, size in SIZES.items()]
 QUICK = [*RUN, *DATA, *WORLD, "method.steps=2"]
+DIVA = ["method=diva", "method.projection_steps=1"]  # of the two
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +82,7 @@ def python_m_clipfix(*arguments: str, **options) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_fit_leaves_a_complete_run_folder(method, clipfix, scenes):
-    folder, printed = clipfix(f"method={method}", scenes, *QUICK)
+    folder, printed = clipfix(*(DIVA if method == "diva" else [f"method={method}"]), scenes, *QUICK)
     results = json.loads((folder / "results.json").read_text())
     assert results["scores"]["before"].keys() == results["scores"]["after"].keys()
     assert "before" in printed
@@ -99,11 +100,12 @@ def test_fit_leaves_a_complete_run_folder(method, clipfix, scenes):
 
 def test_diva_learns_the_same_from_stored_latents(clipfix, scenes):
     """Stored in half; the selection split has none, and its own are computed."""
-    clipfix("run=annotate", "annotator=latents", "annotator.output=stored", scenes, *QUICK)
-    settings, read = [scenes, *QUICK, "eval=none"], ["data.train=stored", "data.latents=latent.npz"]
+    clipfix("run=annotate", "annotator=latents", "annotator.output=stored", scenes, "method=finetune", *QUICK)
+    settings = [scenes, *QUICK, "eval=none", "diffusion.dtype=fp32"]
+    read = ["data.train=stored", "data.latents=latent.npz"]
     losses = []
     for extra in ([], read):
-        folder, _ = clipfix("method=diva", *extra, *settings)
+        folder, _ = clipfix(*DIVA, *extra, *settings)
         with (folder / "metrics.csv").open() as file:
             rows = list(csv.DictReader(file))
         losses.append({name: [float(row[name]) for row in rows if row[name]] for name in ("train/loss", "val/loss")})
@@ -111,7 +113,7 @@ def test_diva_learns_the_same_from_stored_latents(clipfix, scenes):
     assert losses[0]["val/loss"]
     for name, expected in losses[0].items():
         assert losses[1][name] == pytest.approx(expected, rel=1e-3)
-    message = refusal(clipfix, "method=diva", "diffusion.dtype=bf16", *read, *settings)
+    message = refusal(clipfix, *DIVA, *read, *settings, "diffusion.dtype=bf16")
     assert "stored/train-00000.tar has latents of PatchPCA" in message
     assert "write them by run=annotate annotator=latents" in message
     assert "method=finetune reads no stored latents" in refusal(clipfix, "method=finetune", *read, *settings)
@@ -122,7 +124,7 @@ def test_diva_learns_the_same_from_stored_latents(clipfix, scenes):
     [
         ["method=finetune", "method.optimizer.lr=0.01"],
         ["method=finetune", "method.optimizer.lr=0.01", "wise=0.5"],
-        ["method=diva", "method.optimizer.lr=0.1", "method.train=lora", "wise=0.5"],
+        [*DIVA, "method.optimizer.lr=0.1", "method.train=lora", "wise=0.5"],
     ],
     ids=["finetune", "wise", "lora and wise"],
 )
@@ -150,7 +152,7 @@ def test_resume_auto_continues_the_newest_run_to_the_same_weights(clipfix, scene
 
 
 def test_same_seed_same_scores_and_sweeps_differ_by_seed(clipfix, scenes, tmp_path):
-    sweep = ["-m", "seed=1,2,1", "method=diva", "method.optimizer.lr=0.01", "eval.selection=null"]
+    sweep = ["-m", "seed=1,2,1", *DIVA, "method.optimizer.lr=0.01", "eval.selection=null"]
     sweep.append("callbacks.reconstructions=null")  # three runs draw nothing
     clipfix(*sweep, scenes, *QUICK, "logger=wandb")
     one, two, three = (
