@@ -25,7 +25,7 @@ def build_case(case: str, clip_folder: str, generator_folder: str) -> Method:
     name, step, settings = CASES[case]
     if settings.get("feedback"):
         settings = settings | {
-            "dcr": {"temperature": 0.1, "negatives": 2, "crop_area": [0.5, 0.8], "crop_ratio": [1, 1]}
+            "dcr": {"temperature": 0.1, "negatives": 2, "crop_area": [0.5, 0.8], "crop_ratio": [1.0, 1.0]}
         }
     method = build(name, clip_folder, generator_folder, **settings)
     if step:

@@ -1,5 +1,7 @@
 """Other views of the same pictures."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -9,8 +11,8 @@ from torch import Tensor
 def random_crops(
     images: Float[Tensor, "b 3 h w"],
     uniform: Float[Tensor, "b 4"],
-    area: tuple[float, float],
-    ratio: tuple[float, float],
+    area: Sequence[float],
+    ratio: Sequence[float],
 ) -> Float[Tensor, "b 3 h w"]:
     """A part of each picture, resized to the whole: its share of the area, and how much wider than high it is.
 

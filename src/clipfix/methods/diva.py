@@ -266,8 +266,8 @@ class DIVA(Method):
         if self.control != "off":
             condition = self.condition(pooled, patches)
             view = self.condition_of_views(batch["image"]) if self.contrastive else None
-            told = self.feedback(batch["image"], condition, view, batch.get("latents"), self.control == "shuffled")
-            terms["contrastive" if self.contrastive else "denoising"] = told
+            feedback = self.feedback(batch["image"], condition, view, batch.get("latents"), self.control == "shuffled")
+            terms["contrastive" if self.contrastive else "denoising"] = feedback
         if self.caption_weight and text is not None:
             terms["caption"] = self.caption_weight * self.contrast(image, text, label_smoothing=0.0)
         if self.original is not None and (self.anchor or self.watching):
