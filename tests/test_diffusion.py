@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from clipfix.__main__ import PACKAGE
-from clipfix.diffusion import Diffusion, PatchPCA, clip_tokenizer
+from clipfix.diffusion import DTYPES, Diffusion, PatchPCA, clip_tokenizer
 
 NOISE = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
@@ -154,6 +154,12 @@ def test_gpu_without_bf16_is_refused(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
     with pytest.raises(ValueError, match=r"Tesla V100 computes nothing in bf16: set diffusion\.dtype=fp32"):
         Diffusion(str(folder), dtype="bf16")
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_auto_is_bf16_where_the_device_computes_in_it(able, folder, monkeypatch):
+    monkeypatch.setattr("clipfix.diffusion.has_bf16", lambda: able)
+    assert {p.dtype for p in Diffusion(str(folder), dtype="auto").parameters()} == {DTYPES["bf16" if able else "fp32"]}
 
 
 @pytest.mark.parametrize("switch", ["compiled", "checkpointing"])
@@ -317,7 +323,7 @@ def test_missing_model_names_the_key_that_takes_a_folder(path, tmp_path):
 
 
 def test_unknown_dtype_names_the_choices(folder):
-    with pytest.raises(ValueError, match="fp32 or bf16"):
+    with pytest.raises(ValueError, match="choose auto, fp32 or bf16"):
         Diffusion(str(folder), dtype="fp16")
 
 

@@ -17,7 +17,8 @@ from test_contract import fit
 
 import clipfix.__main__  # noqa: F401  the resolvers that the configs use
 from clipfix.functional.anchors import feature_drift, similarity_drift
-from clipfix.functional.denoising import logit_normal_timesteps
+from clipfix.functional.denoising import contrastive_denoising_loss, logit_normal_timesteps
+from clipfix.functional.views import random_crops
 from clipfix.methods.diva import (
     DIVA,
     PATCH_RULES,
@@ -34,6 +35,8 @@ RULES = [
     ("share", 0.5, "mean"),
     ("average", 2, "mean"),
 ]
+DCR = {"temperature": 0.1, "negatives": 1, "crop_area": [0.5, 0.8], "crop_ratio": [0.9, 1.1]}
+CAPTIONS = {"projection_from": "captions", "patches": "none", "patch_amount": None, "null_text": "mean"}
 UNIFORM = {"law": "uniform", "range": None, "mean": 0.0, "sd": 1.0}
 
 
@@ -171,6 +174,15 @@ def test_null_text_rules():
         ({"train_blocks": 1}, "set method.train=blocks"),
         ({"train": "lora", "lora": {"rank": 0, "alpha": 1}}, "give rank, a whole number from 1"),
         ({"projection_steps": 5}, "projection_steps is 5: set it between 0 and 4"),
+        ({"projection_from": "text"}, "choose images or captions"),
+        (CAPTIONS, "set method.projection_steps above 0"),
+        ({**CAPTIONS, "projection_steps": 2, "patches": "all"}, "method.patches=none, as a patch has no caption"),
+        ({"condition_tokens": 0}, "condition_tokens is 0: set it to 1 or more"),
+        ({"feedback": "dcr"}, "choose denoising or contrastive"),
+        ({"feedback": "contrastive", "dcr": DCR | {"temperature": 0.0}}, "set the one above 0"),
+        ({"feedback": "contrastive", "dcr": DCR | {"negatives": 0}}, "the other to 1 or more"),
+        ({"feedback": "contrastive", "dcr": DCR | {"crop_area": [0.9, 1.1]}}, "areas above 0 and up to 1"),
+        ({"feedback": "contrastive", "dcr": DCR | {"crop_ratio": [1.1, 0.9]}}, "its least and greatest"),
         ({"anchor": "feature"}, "choose null, features or similarities"),
         ({"control": "shuffle"}, "choose null, shuffled or off"),
         ({"control": "off"}, "method.caption_weight above 0"),
@@ -277,7 +289,7 @@ def test_shuffled_loss_and_gradient_are_those_of_the_other_condition(make):
     method, inputs = make(control="shuffled"), batch(6)
     condition = torch.randn(6, 8, 12, generator=torch.Generator().manual_seed(2)).requires_grad_()
     method.seed_draws(0)
-    method.feedback(inputs["image"], condition).backward()
+    method.feedback(inputs["image"], condition, None, None, shuffled=True).backward()
     found, condition.grad = condition.grad, None
 
     method.seed_draws(0)
@@ -420,6 +432,158 @@ def test_stage_one_moves_the_projection_alone_and_resumes_across_its_end(optimiz
         assert state[whole["backbone.model.visual.proj"]]["step"] == 2
     rest, _ = run("parts", 4, tmp_path / "parts" / "last.ckpt")
     assert all(torch.equal(p, whole[name]) for name, p in rest.items())
+
+
+# -- contrastive feedback ----------------------------------------------------------------------------------------------
+
+
+def test_contrastive_denoising_loss_equals_a_loop():
+    """Line by line: cosines, their exponentials over both positives and all negatives, the mean of minus the logs."""
+    generator = torch.Generator().manual_seed(0)
+    anchor, positives, negatives = (torch.randn(5, *n, 2, 3, 3, generator=generator) for n in ((), (2,), (4,)))
+    losses = []
+    for row, right, wrong in zip(anchor, positives, negatives, strict=True):
+        lengths = [float(row.square().sum().sqrt() * other.square().sum().sqrt()) for other in [*right, *wrong]]
+        cosines = [float((row * other).sum()) / n for other, n in zip([*right, *wrong], lengths, strict=True)]
+        weights = [math.exp(cosine / 0.1) for cosine in cosines]
+        losses += [-math.log(weight / sum(weights)) for weight in weights[:2]]
+    found = contrastive_denoising_loss(anchor, positives, negatives, 0.1)
+    assert found.item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    perfect = contrastive_denoising_loss(anchor, torch.stack([anchor, 3 * anchor], 1), -anchor[:, None], 0.1)
+    assert perfect.item() == pytest.approx(math.log(2), rel=1e-5)
+
+
+def test_crops_are_what_their_draws_say():
+    ramp = (torch.arange(8.0) + 0.5) / 8  # a picture whose red says x and whose green says y
+    image = torch.stack([ramp.expand(8, 8), ramp[:, None].expand(8, 8), torch.zeros(8, 8)])[None]
+    whole = random_crops(image, torch.tensor([[0.0, 0.5, 0.3, 0.9]]), (1.0, 1.0), (1.0, 1.0))
+    torch.testing.assert_close(whole, image)
+    for x, y in ((0.0, 0.0), (1.0, 0.0), (0.5, 1.0)):
+        part = random_crops(image, torch.tensor([[0.0, 0.5, x, y]]), (0.25, 0.25), (1.0, 1.0))[0]
+        found = part[:2, 1:-1, 1:-1]  # beyond the centres of the outermost pixels there is nothing to interpolate
+        expected = torch.stack([(x + ramp).expand(8, 8), (y + ramp)[:, None].expand(8, 8)])[:, 1:-1, 1:-1] / 2
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    wide = random_crops(image, torch.tensor([[0.0, 0.5, 0.0, 0.0]]), (0.25, 0.25), (4.0, 4.0))[0]
+    assert wide[0].max() > 0.9  # the whole width
+    assert wide[1].max() < 0.3  # a quarter of the height
+
+
+@pytest.mark.parametrize("control", [None, "shuffled"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_contrastive_feedback_equals_a_slow_version(control, prediction_type, make):
+    """One image and draw at a time. Gradients reach all conditions: own, view's and others'."""
+    settings = {"patches": "none", "patch_amount": None, "null_text": "mean", "control": control}
+    method = make(feedback="contrastive", dcr=DCR | {"negatives": 2}, **settings)
+    inputs, method.diffusion.prediction_type = batch(6), prediction_type
+    found = gradients(method, inputs)
+    loss = terms(method, inputs)["contrastive"]
+    assert terms(method, inputs).keys() == {"contrastive"}
+    assert found.keys() == method.trained_names()
+    found = {name: gradient.clone() for name, gradient in found.items()}
+    method.zero_grad()
+
+    method.seed_draws(0)
+    uniform = torch.rand(6, 4, generator=method.generator)
+    noise = torch.randn(6, method.draws, 4, 8, 8, generator=method.generator)
+    timesteps = torch.randint(0, 1000, (6, method.draws), generator=method.generator)
+    views = random_crops(inputs["image"], uniform, (0.5, 0.8), (0.9, 1.1))
+    own, other = (method.condition(*method.backbone.visual_tokens(each)) for each in (inputs["image"], views))
+    losses = []
+    for i in range(6):
+        told = (i + 3) % 6 if control else i
+        latent = method.diffusion.encode(inputs["image"][i : i + 1])
+        for e, t in zip(noise[i][:, None], timesteps[i][:, None], strict=True):
+            noisy, target = method.diffusion.add_noise(latent, e, t), method.diffusion.target(latent, e, t)
+            candidates = [own[(told + 1) % 6], own[(told + 2) % 6]]  # 6 * 1 / 6 and 6 * 2 / 6 further on
+            assert not control or i not in ((told + 1) % 6, (told + 2) % 6)
+            anchor, *rest = (method.diffusion.predict(noisy, t, c[None]) for c in (own[told], other[told], *candidates))
+            cosines = torch.stack([F.cosine_similarity(anchor.flatten(), p.flatten(), dim=0) for p in (target, *rest)])
+            losses.append(-(cosines / 0.1).log_softmax(0)[:2].mean())
+    slow = torch.stack(losses).mean()
+    slow.backward()
+    torch.testing.assert_close(loss, slow, rtol=1e-4, atol=1e-6)
+    for name, gradient in found.items():
+        expected = method.get_parameter(name).grad
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()) + 1e-8)
+
+
+def test_negatives_need_images(make):
+    method = make(feedback="contrastive", dcr=DCR | {"negatives": 3})
+    with pytest.raises(ValueError, match=r"A batch of 4 .* all ranks together have 8 images, or lower method.dcr.neg"):
+        terms(method, batch(4))
+    assert terms(method.eval(), batch(4))["contrastive"].isfinite()
+
+
+# -- a projection from captions ----------------------------------------------------------------------------------------
+
+
+def test_condition_of_captions_equals_the_same_by_hand(make):
+    """Three tokens a visual token: three linear maps of their own."""
+    method, inputs = make(**CAPTIONS, projection_steps=2, condition_tokens=3), batch(4)
+    for weight in method.visual_proj.parameters():  # which starts at nothing
+        torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))
+    width, told = method.diffusion.condition_dim, []
+    for i in range(4):
+        texts = method.backbone.encode_text(method.backbone.tokenize(inputs["captions"][2 * i : 2 * i + 2]))
+        mean = sum(text / text.norm() for text in texts) / 2
+        told.append(mean / mean.norm())
+    pooled, patches = method.backbone.visual_tokens(inputs["image"])
+    seen = [feature / feature.norm() for feature in pooled]
+    for features, found in ((told, method.condition_of_captions(inputs)), (seen, method.condition(pooled, patches))):
+        assert found.shape == (4, 3, width)
+        for i in range(4):
+            spread = (features[i] - sum(features) / 4) * len(features[i]) ** 0.5
+            for token in range(3):
+                part = slice(token * width, (token + 1) * width)
+                expected = method.visual_proj.weight[part] @ spread + method.visual_proj.bias[part]
+                torch.testing.assert_close(found[i, token], expected + method.null.mean(0), atol=1e-5, rtol=1e-4)
+    assert method.reads == ("captions",)
+
+
+@pytest.mark.parametrize("optimizer", STRICT, ids=lambda settings: settings["name"])
+def test_captions_teach_the_projection_alone_and_images_the_tower_alone(optimizer, make, tmp_path):
+    """Whatever the optimizer's decay and momentum; a resumed run repeats it. The control only shuffles stage two."""
+
+    def run(folder, steps, resume=None, **overrides):
+        method = make(**CAPTIONS, projection_steps=2, optimizer=optimizer, **overrides)
+        fit(method, tmp_path / folder, steps, resume)
+        return dict(method.named_parameters())
+
+    def moved(before, after):
+        return {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+
+    start = dict(make(**CAPTIONS, projection_steps=2).named_parameters())
+    first, whole = run("parts", 2), run("whole", 4)
+    assert moved(start, first) == {"visual_proj"}
+    assert moved(first, whole) == {"backbone"}
+    assert not moved(whole, run("parts", 4, tmp_path / "parts" / "last.ckpt"))
+    if optimizer["name"] == "SGD":
+        assert not moved(first, run("control", 2, control="shuffled"))
+        assert moved(whole, run("control", 4, control="shuffled")) == {"backbone"}
+
+
+def test_each_stage_has_a_schedule_of_its_own(make, tmp_path):
+    """Stage one warms up over two steps and falls over two; so does stage two, at the optimizer's rate."""
+    settings = {"projection_steps": 4, "projection_lr": 0.3, "steps": 8, "warmup_steps": 2}
+    method = make(**CAPTIONS, **settings, optimizer={"name": "SGD", "lr": 0.1})
+    rates, hook = [], method.on_before_optimizer_step
+
+    def watch(optimizer):
+        hook(optimizer)
+        rates.append([group["lr"] for group in optimizer.param_groups for p in group["params"][:1]])
+
+    method.on_before_optimizer_step = watch
+    trainer = fit(method, tmp_path, steps=8)
+    groups = trainer.optimizers[0].param_groups
+    assert [any(p is method.visual_proj.weight for p in group["params"]) for group in groups[:2]] == [True, False]
+    factors = [0.5, 1.0, 1.0, 0.5]
+    for step, (projection, bias, *tower) in enumerate(rates):
+        assert projection == bias
+        assert len(tower) == 2
+        if step < 4:
+            assert projection == pytest.approx(0.3 * factors[step])
+        else:
+            assert tower == pytest.approx([0.1 * factors[step - 4]] * 2)
 
 
 def test_watching_sees_three_conditions_and_changes_nothing(make):

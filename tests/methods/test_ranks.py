@@ -1,5 +1,7 @@
 """Two gloo ranks equal one rank on the joined batch: loss and gradients, for every method in conf/method/."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,6 +12,26 @@ from torch.nn.parallel import DistributedDataParallel
 from clipfix.methods.base import Method
 
 ROWS, WORLD = 6, 2
+CAPTIONS = {"projection_from": "captions", "projection_steps": 2, "patches": "none", "patch_amount": None}
+CASES: dict[str, tuple[str, int, dict]] = {  # the method, its optimizer step, and what its yaml does not say
+    **{name: (name, 0, {}) for name in METHODS},
+    "diva, contrastive": ("diva", 0, {"feedback": "contrastive", "control": "shuffled"}),
+    "diva, captions": ("diva", 0, CAPTIONS | {"null_text": "mean", "condition_tokens": 3}),
+    "diva, then images": ("diva", 2, CAPTIONS | {"null_text": "mean", "condition_tokens": 3}),
+}
+
+
+def build_case(case: str, clip_folder: str, generator_folder: str) -> Method:
+    name, step, settings = CASES[case]
+    if settings.get("feedback"):
+        settings = settings | {
+            "dcr": {"temperature": 0.1, "negatives": 2, "crop_area": [0.5, 0.8], "crop_ratio": [1.0, 1.0]}
+        }
+    method = build(name, clip_folder, generator_folder, **settings)
+    if step:
+        torch.nn.init.normal_(method.visual_proj.weight, generator=torch.Generator().manual_seed(0))
+        method._trainer = SimpleNamespace(global_step=step)  # what Lightning's global_step reads
+    return method
 
 
 class Step(torch.nn.Module):
@@ -37,8 +59,8 @@ def gradients(method: Method) -> dict[str, torch.Tensor]:
 def worker(rank: int, clip_folder: str, generator_folder: str, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     torch.set_num_threads(1)
-    for name in METHODS:
-        method = build(name, clip_folder, generator_folder)
+    for name in CASES:
+        method = build_case(name, clip_folder, generator_folder)
         part = ROWS // WORLD
         step = DistributedDataParallel(Step(method))  # held by a name: its hooks die with it
         loss = step(rows(batch(ROWS), rank * part, (rank + 1) * part))
@@ -54,12 +76,12 @@ def together(clip_folder, generator_folder, tmp_path_factory):
     """Loss and averaged gradients of each method on two ranks; one pair of processes does them all."""
     folder = tmp_path_factory.mktemp("ranks")
     mp.spawn(worker, (clip_folder, generator_folder, str(folder)), nprocs=WORLD)
-    return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in METHODS}
+    return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in CASES}
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", CASES)
 def test_two_ranks_equal_one(name, together, clip_folder, generator_folder):
-    alone = build(name, clip_folder, generator_folder)
+    alone = build_case(name, clip_folder, generator_folder)
     loss = Step(alone)(batch(ROWS))
     loss.backward()
     torch.testing.assert_close(together[name]["loss"], loss.detach(), rtol=1e-4, atol=1e-6)

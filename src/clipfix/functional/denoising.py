@@ -1,5 +1,6 @@
 """The denoising loss of latent diffusion models, and at which noise levels it is asked."""
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -16,6 +17,27 @@ def denoising_loss(
     accumulation steps, which weighs them 5:1.
     """
     return F.mse_loss(predicted.float(), target.float())
+
+
+def contrastive_denoising_loss(
+    anchor: Float[Tensor, "b c h w"],
+    positives: Float[Tensor, "b p c h w"],
+    negatives: Float[Tensor, "b k c h w"],
+    temperature: float,
+) -> Float[Tensor, ""]:
+    """-log softmax, over positives and negatives, of the anchor's cosine / `temperature` to each positive, averaged.
+
+    Each row flattened; in fp32, every row and positive weighted alike. Where the anchor is as near to all positives and
+    far from all negatives, the loss is log p.
+
+    Source: DCR (arXiv 2603.04803), from its abstract and its authors' code; the paper's own equation was not at hand.
+    The sum over positives outside of the logarithm is SupCon's (arXiv 2004.11362), equation 2.
+    """
+    with torch.autocast(anchor.device.type, enabled=False):  # the nearest two bf16 cosines, over 0.1, lie 0.04 apart
+        query = F.normalize(anchor.float().flatten(1), dim=-1)
+        keys = F.normalize(torch.cat([positives, negatives], dim=1).float().flatten(2), dim=-1)
+        likelihoods = (torch.einsum("bd,bkd->bk", query, keys) / temperature).log_softmax(dim=1)
+    return -likelihoods[:, : positives.shape[1]].mean()
 
 
 def logit_normal_timesteps(

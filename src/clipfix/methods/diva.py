@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from clipfix.backbone import Backbone
 from clipfix.diffusion import Diffusion
 from clipfix.functional.anchors import feature_drift, similarity_drift
-from clipfix.functional.denoising import denoising_loss, logit_normal_timesteps
+from clipfix.functional.denoising import contrastive_denoising_loss, denoising_loss, logit_normal_timesteps
+from clipfix.functional.views import random_crops
 from clipfix.methods.base import Method, Stage, check_choice
 from clipfix.trained import trained_parts
 
@@ -92,6 +93,20 @@ def condition_from_tokens(
     return tokens + null
 
 
+def check_dcr(temperature: float, negatives: int, crop_area: list[float], crop_ratio: list[float]) -> None:
+    """Refuses what contrastive feedback cannot work with."""
+    if temperature <= 0 or negatives < 1:
+        raise ValueError(
+            f"method.dcr has temperature {temperature} and negatives {negatives}: set the one above 0, the other to 1 "
+            "or more."
+        )
+    if not 0 < crop_area[0] <= crop_area[1] <= 1 or not 0 < crop_ratio[0] <= crop_ratio[1]:
+        raise ValueError(
+            f"method.dcr has crop_area {crop_area} and crop_ratio {crop_ratio}: give each its least and greatest, "
+            "areas above 0 and up to 1, ratios above 0."
+        )
+
+
 # -- the method --------------------------------------------------------------------------------------------------------
 
 
@@ -108,10 +123,20 @@ class DIVA(Method):
     controls: what a run with `control: shuffled` gains, each image conditioned on another's description, was not
     learned from the image; `control: off` with captions is the caption loss alone.
 
-    Source: DIVA (arXiv 2407.20171), equation 2 and figure 3; token rules from the authors' code.
+    `feedback: contrastive` is DCR: the U-Net's answer under an image's own condition has to lie nearer to the true
+    noise and to the answer under an augmented view's condition than to those under other images' conditions. As in its
+    code, gradients flow through every condition: own, view's and others'. `dcr.negatives` of n others mean n + 2 passes
+    of the U-Net, and activations of as many, for the one of `denoising`. Captions have no augmented view, so stage one
+    with `projection_from: captions` denoises.
+
+    Source: DIVA (arXiv 2407.20171), equation 2 and figure 3; token rules from the authors' code. DCR (arXiv
+    2603.04803), from its abstract and its authors' code.
     Departs: the draws weigh the same (see `denoising_loss`); the VAE sees the image itself, where the reference
     un-normalizes it with the constants of another data set. GenHancer (arXiv 2503.19480) trains its stages as two runs
-    with a schedule each; here one schedule spans both.
+    with a schedule each; here one run holds both. DCR takes all others of a rank's batch as negatives, where here a few
+    of the joined batch are; its views are also flipped both ways and recoloured, which is left out because left, right,
+    up and down are among the faults to be repaired, and colours too; its projection has two layers; it always compares
+    with v, which is the `target` of the Stable Diffusion that it uses.
     """
 
     null: Tensor
@@ -126,6 +151,8 @@ class DIVA(Method):
         null_text: str,
         draws: int,
         timesteps: dict[str, Any],
+        feedback: str,
+        dcr: dict[str, Any],
         train: str,
         train_blocks: int | None,
         lora: dict[str, Any],
@@ -147,6 +174,7 @@ class DIVA(Method):
         self.control = "off" if control is False else control  # a bare `off` is false to yaml
         check_choice("null_text", null_text, "tokenwise", "mean")
         check_choice("timesteps.law", timesteps["law"], "uniform", "logit_normal")
+        check_choice("feedback", feedback, "denoising", "contrastive")
         check_choice("train", train, "visual", "norms", "blocks", "lora")
         check_choice("projection_from", projection_from, "images", "captions")
         check_choice("anchor", anchor, None, "features", "similarities")
@@ -171,6 +199,8 @@ class DIVA(Method):
             )
         if condition_tokens < 1:
             raise ValueError(f"method.condition_tokens is {condition_tokens}: set it to 1 or more.")
+        if feedback == "contrastive":
+            check_dcr(**dcr)
         if self.control == "off" and (projection_steps or not caption_weight):
             raise ValueError(
                 "method.control=off leaves no feedback to train with, and no projection: set method.caption_weight "
@@ -181,6 +211,7 @@ class DIVA(Method):
         self.null_text = null_text
         self.draws = draws
         self.timesteps, self.timestep_range = timesteps, (low, high)
+        self.contrastive, self.dcr = feedback == "contrastive", dcr
         self.condition_tokens = condition_tokens
         self.projection_from = projection_from
         self.projection_steps, self.projection_lr = projection_steps, projection_lr
@@ -223,7 +254,8 @@ class DIVA(Method):
 
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         if self.projection_from == "captions" and self.global_step < self.projection_steps:
-            denoising = self.feedback(batch["image"], self.condition_of_captions(batch), batch.get("latents"), False)
+            condition = self.condition_of_captions(batch)
+            denoising = self.feedback(batch["image"], condition, None, batch.get("latents"), shuffled=False)
             # DDP waits for a gradient of every weight, so the resting tower hands in zeros.
             idle = torch.stack([weight.sum() for weight in self.backbone.parameters() if weight.requires_grad]).sum()
             return {"denoising": denoising + 0 * idle}
@@ -233,8 +265,9 @@ class DIVA(Method):
         terms = {}
         if self.control != "off":
             condition = self.condition(pooled, patches)
-            shuffled = self.control == "shuffled"
-            terms["denoising"] = self.feedback(batch["image"], condition, batch.get("latents"), shuffled)
+            view = self.condition_of_views(batch["image"]) if self.contrastive else None
+            feedback = self.feedback(batch["image"], condition, view, batch.get("latents"), self.control == "shuffled")
+            terms["contrastive" if self.contrastive else "denoising"] = feedback
         if self.caption_weight and text is not None:
             terms["caption"] = self.caption_weight * self.contrast(image, text, label_smoothing=0.0)
         if self.original is not None and (self.anchor or self.watching):
@@ -253,6 +286,14 @@ class DIVA(Method):
         if self.projection_from == "captions":
             return self.project(self.without_gap(pooled)[:, None])
         return self.project(torch.cat([pooled[:, None], self.pick_patches(patches)], dim=1))
+
+    def condition_of_views(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b m c"]:
+        """What the diffusion model is told of an augmented view of each image."""
+        uniform = self.draw(torch.rand, rows=len(images), shape=(4,))
+        views = random_crops(
+            images, uniform, self.dcr["crop_area"], self.dcr["crop_ratio"]
+        )  # no flip: left is not right
+        return self.condition(*self.backbone.visual_tokens(views))
 
     def condition_of_captions(self, batch: dict[str, Any]) -> Float[Tensor, "b m c"]:
         """What the diffusion model is told of each image by its captions, averaged in the joint space."""
@@ -277,10 +318,14 @@ class DIVA(Method):
         self,
         images: Float[Tensor, "b 3 h w"],
         condition: Float[Tensor, "b m c"],
+        view: Float[Tensor, "b m c"] | None,
         latents: Float[Tensor, "b z y x"] | None,
         shuffled: bool,
     ) -> Float[Tensor, ""]:
-        """The denoising loss, told of each image or, `shuffled`, of another one; `latents` where they are known."""
+        """The denoising loss or, with the conditions of augmented views, the contrastive one.
+
+        Told of each image or, `shuffled`, of another one; `latents` where they are known.
+        """
         latents = self.diffusion.encode(images) if latents is None else latents
         rows, *shape = latents.shape
         noise = self.draw(torch.randn, rows=rows, shape=(self.draws, *shape)).flatten(0, 1)
@@ -288,16 +333,24 @@ class DIVA(Method):
         latents = latents.repeat_interleave(self.draws, dim=0)
         noisy, target = (make(latents, noise, timesteps) for make in (self.diffusion.add_noise, self.diffusion.target))
 
-        def error(told: Float[Tensor, "b t c"]) -> Float[Tensor, ""]:
-            predicted = self.diffusion.predict(noisy, timesteps, told.repeat_interleave(self.draws, dim=0))
-            return denoising_loss(predicted, target)
+        def predict(told: Float[Tensor, "b t c"]) -> Float[Tensor, "n z y x"]:
+            return self.diffusion.predict(noisy, timesteps, told.repeat_interleave(self.draws, dim=0))
 
         if self.watching:
             null = self.null.expand(rows, -1, -1)
             with torch.no_grad():
                 for name, told in {"right": condition, "shuffled": self.of_others(condition), "null": null}.items():
-                    self.note(f"denoising/{name}", error(told).item())
-        return error(self.of_others(condition) if shuffled else condition)
+                    self.note(f"denoising/{name}", denoising_loss(predict(told), target).item())
+        if shuffled:
+            condition, view = self.of_others(condition), None if view is None else self.of_others(view)
+        if view is None:
+            return denoising_loss(predict(condition), target)
+        # Less than half a batch further on: told shuffled, half a batch on, the right condition is never a negative.
+        count = self.dcr["negatives"]
+        others = [self.of_others(condition, n, 2 * (count + 1)) for n in range(1, count + 1)]
+        positives = torch.stack([target, predict(view)], dim=1)
+        negatives = torch.stack([predict(other) for other in others], dim=1)
+        return contrastive_denoising_loss(predict(condition), positives, negatives, self.dcr["temperature"])
 
     def draw_timesteps(self, rows: int) -> Int[Tensor, "b k"]:
         """This rank's timesteps, `draws` an image."""
@@ -306,15 +359,19 @@ class DIVA(Method):
         normal = self.draw(torch.randn, rows=rows, shape=(self.draws,))
         return logit_normal_timesteps(normal, self.timesteps["mean"], self.timesteps["sd"], *self.timestep_range)
 
-    def of_others(self, condition: Float[Tensor, "b m c"]) -> Float[Tensor, "b m c"]:
-        """For each image the condition of the one half a batch further on, all ranks together.
+    def of_others(self, condition: Float[Tensor, "b m c"], part: int = 1, parts: int = 2) -> Float[Tensor, "b m c"]:
+        """For each image the condition of the one `part / parts` of a batch further on, all ranks together.
 
-        As far away as can be: where look-alikes follow each other, the next image would be almost the right one.
+        Half a batch is as far away as can be: where look-alikes follow each other, the next image would be almost the
+        right one.
         """
         joined = self.gather(condition)
-        if self.training and len(joined) < 2:  # the last batch of a validation split may be that short
-            raise ValueError("A batch of one image has no other to take the condition from: raise data.batch_size.")
-        return joined.roll(-(len(joined) // 2), dims=0)[self.rank * len(condition) :][: len(condition)]
+        if self.training and len(joined) < parts:  # the last batch of a validation split may be that short
+            raise ValueError(
+                f"A batch of {len(joined)} has too few other images to take conditions from: raise data.batch_size, so "
+                f"that all ranks together have {parts} images, or lower method.dcr.negatives with feedback=contrastive."
+            )
+        return joined.roll(-(len(joined) * part // parts), dims=0)[self.rank * len(condition) :][: len(condition)]
 
     @property
     def watching(self) -> bool:
