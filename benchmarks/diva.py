@@ -36,7 +36,8 @@ from clipfix.__main__ import CONF, PACKAGE
 from clipfix.backbone import Backbone
 from clipfix.diffusion import Diffusion, clip_tokenizer
 from clipfix.functional.denoising import denoising_loss
-from clipfix.methods.diva import DIVA, condition_from_tokens
+from clipfix.functional.patches import condition_from_tokens
+from clipfix.methods.diva import DIVA
 
 GB = 2**30
 GENERATORS = ("tiny", "sd21-small", "sd21-base")

@@ -18,15 +18,15 @@ from test_contract import fit
 import clipfix.__main__  # noqa: F401  the resolvers that the configs use
 from clipfix.functional.anchors import feature_drift, similarity_drift
 from clipfix.functional.denoising import contrastive_denoising_loss, logit_normal_timesteps
-from clipfix.functional.views import random_crops
-from clipfix.methods.diva import (
-    DIVA,
+from clipfix.functional.patches import (
     PATCH_RULES,
     average_patches,
     condition_from_tokens,
     random_patches,
     share_of_patches,
 )
+from clipfix.functional.views import random_crops
+from clipfix.methods.diva import DIVA
 
 RULES = [
     ("none", None, "mean"),

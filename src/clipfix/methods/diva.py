@@ -1,7 +1,6 @@
 """DIVA: a frozen text-to-image diffusion model tells CLIP's visual tower what it missed (arXiv 2407.20171)."""
 
 import copy
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,100 +13,10 @@ from clipfix.backbone import Backbone
 from clipfix.diffusion import Diffusion
 from clipfix.functional.anchors import feature_drift, similarity_drift
 from clipfix.functional.denoising import contrastive_denoising_loss, denoising_loss, logit_normal_timesteps
+from clipfix.functional.patches import PATCH_RULES, Patches, condition_from_tokens
 from clipfix.functional.views import random_crops
 from clipfix.methods.base import Method, Stage, check_choice
 from clipfix.trained import trained_parts
-
-Patches = Float[Tensor, "b n d"]
-Picked = Float[Tensor, "b m d"]
-Draw = Callable[..., Tensor]  # Method.draw: this rank's rows of a seeded draw for the joined batch
-
-
-# -- which patches join the class token in the condition; `method.patches` names one ----------------------------------
-
-
-def no_patches(patches: Patches, draw: Draw, amount: None) -> Picked:
-    """None: the class token alone."""
-    return patches[:, :0]
-
-
-def all_patches(patches: Patches, draw: Draw, amount: None) -> Picked:
-    """Every patch."""
-    return patches
-
-
-def random_patches(patches: Patches, draw: Draw, amount: int) -> Picked:
-    """`amount` patches of each image, drawn with replacement."""
-    indices = draw(torch.randint, 0, patches.shape[1], rows=len(patches), shape=(amount,))
-    return take_patches(patches, indices)
-
-
-def share_of_patches(patches: Patches, draw: Draw, amount: float) -> Picked:
-    """A random share `amount` of each image's patches, without replacement."""
-    order = draw(torch.rand, rows=len(patches), shape=(patches.shape[1],)).argsort(dim=1)
-    return take_patches(patches, order[:, : round(amount * patches.shape[1])])
-
-
-def average_patches(patches: Patches, draw: Draw, amount: int) -> Picked:
-    """Averages over `amount` x `amount` tiles of the square patch grid; an incomplete last tile is left out."""
-    batch, count, width = patches.shape
-    side = round(count**0.5)
-    if side * side != count or amount > side:
-        raise ValueError(f"method.patch_amount={amount} does not tile a picture of {count} patches.")
-    grid = patches.transpose(1, 2).reshape(batch, width, side, side)
-    return F.avg_pool2d(grid, amount).flatten(2).transpose(1, 2)
-
-
-# Each rule with the kind of amount it takes.
-PATCH_RULES: dict[str, tuple[Callable[..., Tensor], type]] = {
-    "none": (no_patches, type(None)),
-    "all": (all_patches, type(None)),
-    "random": (random_patches, int),
-    "share": (share_of_patches, float),
-    "average": (average_patches, int),
-}
-
-
-def take_patches(patches: Patches, indices: Int[Tensor, "b m"]) -> Picked:
-    """Row b keeps its patches `indices[b]`, repeats included."""
-    return patches.gather(1, indices[..., None].expand(-1, -1, patches.shape[-1]))
-
-
-def condition_from_tokens(
-    tokens: Float[Tensor, "b m c"], null: Float[Tensor, "t c"], null_text: str
-) -> Float[Tensor, "b m c"]:
-    """Projected visual tokens on top of the null text, in the diffusion model's cross-attention space.
-
-    `tokenwise` adds token i to null token i and needs as many visual tokens as null tokens; `mean` adds the average
-    null token to each, whatever their number.
-
-    Source: DIVA (arXiv 2407.20171), section 3.3; the two variants are the reference code's.
-    """
-    if null_text == "mean":
-        return tokens + null.mean(0)
-    if tokens.shape[1] != len(null):
-        raise ValueError(
-            f"method.null_text=tokenwise adds {tokens.shape[1]} visual tokens to {len(null)} null tokens: "
-            f"draw {len(null) - 1} patches beside the class token, or set method.null_text=mean."
-        )
-    return tokens + null
-
-
-def check_dcr(temperature: float, negatives: int, crop_area: list[float], crop_ratio: list[float]) -> None:
-    """Refuses what contrastive feedback cannot work with."""
-    if temperature <= 0 or negatives < 1:
-        raise ValueError(
-            f"method.dcr has temperature {temperature} and negatives {negatives}: set the one above 0, the other to 1 "
-            "or more."
-        )
-    if not 0 < crop_area[0] <= crop_area[1] <= 1 or not 0 < crop_ratio[0] <= crop_ratio[1]:
-        raise ValueError(
-            f"method.dcr has crop_area {crop_area} and crop_ratio {crop_ratio}: give each its least and greatest, "
-            "areas above 0 and up to 1, ratios above 0."
-        )
-
-
-# -- the method --------------------------------------------------------------------------------------------------------
 
 
 class DIVA(Method):
@@ -119,9 +28,13 @@ class DIVA(Method):
 
     Feedback alone has no reason to keep the tower where the text tower looks for it. Hence the switches of DIVA's
     successors: which `timesteps` are asked, `projection_steps` in which the projection finds its way before the tower
-    moves, an `anchor` at the tower as it was, and captions beside the feedback (`caption_weight`). And hence the
-    controls: what a run with `control: shuffled` gains, each image conditioned on another's description, was not
-    learned from the image; `control: off` with captions is the caption loss alone.
+    moves, an `anchor` at the tower as it was, and captions beside the feedback (`caption_weight`). And ours:
+    `projection_from: captions` learns the projection in stage one from captions, as the text tower puts them in the
+    joint space, and rests it in stage two. Learned from images, it reads what the tower says; learned from captions,
+    what the tower should say, so that the generator pulls it along directions that words have.
+
+    Hence the controls as well: what a run with `control: shuffled` gains, each image conditioned on another's
+    description, was not learned from the image; `control: off` with captions is the caption loss alone.
 
     `feedback: contrastive` is DCR: the U-Net's answer under an image's own condition has to lie nearer to the true
     noise and to the answer under an augmented view's condition than to those under other images' conditions. As in its
@@ -391,3 +304,17 @@ class DIVA(Method):
         if text is None or self.anchor == "features":
             return feature_drift(image, original)
         return similarity_drift(image, original, self.gather(text), self.backbone.logit_scale.exp())
+
+
+def check_dcr(temperature: float, negatives: int, crop_area: list[float], crop_ratio: list[float]) -> None:
+    """Refuses what contrastive feedback cannot work with."""
+    if temperature <= 0 or negatives < 1:
+        raise ValueError(
+            f"method.dcr has temperature {temperature} and negatives {negatives}: set the one above 0, the other to 1 "
+            "or more."
+        )
+    if not 0 < crop_area[0] <= crop_area[1] <= 1 or not 0 < crop_ratio[0] <= crop_ratio[1]:
+        raise ValueError(
+            f"method.dcr has crop_area {crop_area} and crop_ratio {crop_ratio}: give each its least and greatest, "
+            "areas above 0 and up to 1, ratios above 0."
+        )
