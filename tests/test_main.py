@@ -45,6 +45,7 @@ SIZES = {
 WORLD = [f"data.prepare.{name}={size}" for name, size in SIZES.items()]
 QUICK = [*RUN, *DATA, *WORLD, "method.steps=2"]
 DIVA = ["method=diva", "method.projection_steps=1"]  # of the two
+UNSTAGED = ["method.projection_from=images", "method.projection_steps=0"]  # its tower moves from the first step on
 
 
 @pytest.fixture(scope="session")
@@ -100,12 +101,12 @@ def test_fit_leaves_a_complete_run_folder(method, clipfix, scenes):
 
 def test_diva_learns_the_same_from_stored_latents(clipfix, scenes):
     """Stored in half; the selection split has none, and its own are computed."""
-    clipfix("run=annotate", "annotator=latents", "annotator.output=stored", scenes, "method=finetune", *QUICK)
     settings = [scenes, *QUICK, "eval=none", "diffusion.dtype=fp32"]
+    clipfix("run=annotate", "annotator=latents", "annotator.output=stored", *settings)
     read = ["data.train=stored", "data.latents=latent.npz"]
     losses = []
     for extra in ([], read):
-        folder, _ = clipfix(*DIVA, *extra, *settings)
+        folder, _ = clipfix("method=diva", *UNSTAGED, *extra, *settings)
         with (folder / "metrics.csv").open() as file:
             rows = list(csv.DictReader(file))
         losses.append({name: [float(row[name]) for row in rows if row[name]] for name in ("train/loss", "val/loss")})
@@ -113,7 +114,7 @@ def test_diva_learns_the_same_from_stored_latents(clipfix, scenes):
     assert losses[0]["val/loss"]
     for name, expected in losses[0].items():
         assert losses[1][name] == pytest.approx(expected, rel=1e-3)
-    message = refusal(clipfix, *DIVA, *read, *settings, "diffusion.dtype=bf16")
+    message = refusal(clipfix, "method=diva", *UNSTAGED, *read, *settings, "diffusion.dtype=bf16")
     assert "stored/train-00000.tar has latents of PatchPCA" in message
     assert "write them by run=annotate annotator=latents" in message
     assert "method=finetune reads no stored latents" in refusal(clipfix, "method=finetune", *read, *settings)
@@ -124,7 +125,7 @@ def test_diva_learns_the_same_from_stored_latents(clipfix, scenes):
     [
         ["method=finetune", "method.optimizer.lr=0.01"],
         ["method=finetune", "method.optimizer.lr=0.01", "wise=0.5"],
-        [*DIVA, "method.optimizer.lr=0.1", "method.train=lora", "wise=0.5"],
+        ["method=diva", *UNSTAGED, "method.optimizer.lr=0.1", "method.train=lora", "wise=0.5"],
     ],
     ids=["finetune", "wise", "lora and wise"],
 )

@@ -47,15 +47,15 @@ def fit(method, folder, steps: int, alpha: float | None, resume=None) -> list[di
         enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0, val_check_interval=1,
         check_val_every_n_epoch=None,
         callbacks=[
-            Selection(looks, "score"),
-            ModelCheckpoint(folder, filename="best", monitor="selection/score", mode="max"),
+            Selection({"looks": looks}, "looks/score"),
+            ModelCheckpoint(folder, filename="best", monitor="selection/looks/score", mode="max"),
             *([] if alpha is None else [WiSE(alpha)]),
         ],
     )  # fmt: skip
     validation = DataLoader([batch(4, 200)], batch_size=None)
     trainer.fit(method, DataLoader(Stream(), batch_size=None), validation, ckpt_path=resume, weights_only=True)
     trainer.save_checkpoint(folder / "last.ckpt")
-    return looks.shown
+    return looks.shown if resume else looks.shown[1:]  # what it was shown before training is the original
 
 
 def parameters(method) -> dict[str, Tensor]:

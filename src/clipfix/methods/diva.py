@@ -201,11 +201,9 @@ class DIVA(Method):
         return self.project(torch.cat([pooled[:, None], self.pick_patches(patches)], dim=1))
 
     def condition_of_views(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b m c"]:
-        """What the diffusion model is told of an augmented view of each image."""
+        """What the diffusion model is told of an augmented view of each image; not a flipped one: left is not right."""
         uniform = self.draw(torch.rand, rows=len(images), shape=(4,))
-        views = random_crops(
-            images, uniform, self.dcr["crop_area"], self.dcr["crop_ratio"]
-        )  # no flip: left is not right
+        views = random_crops(images, uniform, self.dcr["crop_area"], self.dcr["crop_ratio"])
         return self.condition(*self.backbone.visual_tokens(views))
 
     def condition_of_captions(self, batch: dict[str, Any]) -> Float[Tensor, "b m c"]:
