@@ -12,7 +12,6 @@ Numbers that were measured are in RESULTS.md. Weights are random, but for the ti
 """
 
 import argparse
-import multiprocessing
 import os
 import resource
 import tempfile
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from hydra.utils import instantiate
+from measure import alone, matrix_ceiling
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -145,18 +145,6 @@ def stepper(method: DIVA, rows: int, autocast: bool) -> Callable[[], float]:
 
 def gradient(method: DIVA) -> Tensor:
     return torch.cat([p.grad.flatten().float() for p in method.parameters() if p.grad is not None])
-
-
-def matrix_ceiling(device: str, dtype: torch.dtype) -> float:
-    """Operations a second of one large matrix product, the best of five."""
-    side = 8192 if device == "cuda" else 2048
-    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        (left @ right)[0, 0].item()
-        seconds.append(time.perf_counter() - start)
-    return 2 * side**3 / min(seconds)
 
 
 def compare_steps(asked: argparse.Namespace) -> None:
@@ -317,9 +305,7 @@ def compare_memory(asked: argparse.Namespace) -> None:
             ("clipfix", DIVA, False),
             ("both checkpointed", DIVA, True),
         ):
-            # A process each: a peak, once reached, hides all that come after it.
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                peak = pool.apply(peak_gb, (kind, asked.model, folder, asked.batch, checkpointing))
+            peak = alone(peak_gb, kind, asked.model, folder, asked.batch, checkpointing)
             table.add_row(name, f"{peak:.2f}")
     Console().print(table)
 

@@ -10,7 +10,6 @@ resident set of a process that does nothing else, or the GPU's own count.
 
 import argparse
 import importlib.util
-import multiprocessing
 import os
 import resource
 import tempfile
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from measure import alone
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -153,12 +153,6 @@ def differences(one: str, other: str) -> list[float]:
     """The largest difference of the loss and of each gradient, over the largest value."""
     pairs = zip(torch.load(one), torch.load(other), strict=True)
     return [float((a.double() - b.double()).abs().max() / a.double().abs().max()) for a, b in pairs]
-
-
-def alone(function: Callable[..., Any], *arguments: Any) -> Any:
-    """In a process of its own: a peak, once reached, hides all that come after it."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
 
 
 def compare(

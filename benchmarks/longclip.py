@@ -9,7 +9,6 @@ short 25 +- 8.
 """
 
 import argparse
-import multiprocessing
 import os
 import resource
 import time
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from hydra.utils import instantiate
+from measure import alone, matrix_ceiling
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -91,18 +91,6 @@ def stepper(method: LongCLIP, batch: dict[str, Any], bf16: bool) -> Callable[[],
         return loss.item()
 
     return step
-
-
-def matrix_ceiling(device: str, dtype: torch.dtype) -> float:
-    """Operations a second of one large matrix product, the best of five."""
-    side = 8192 if device == "cuda" else 2048
-    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        (left @ right)[0, 0].item()
-        seconds.append(time.perf_counter() - start)
-    return 2 * side**3 / min(seconds)
 
 
 def compare_steps(model: str, rows: int, components: int, bf16: bool, repeats: int) -> None:
@@ -182,11 +170,7 @@ def compare_memory(model: str, chunk: int, batches: list[int]) -> None:
     # Else glibc keeps freed pieces for itself, and the resident set grows with the number of chunks.
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     for rows in batches:
-        peaks = []
-        for part in (None, chunk):
-            # A process each: a peak, once reached, hides all that come after it.
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                peaks.append(f"{pool.apply(peak_gb, (model, rows, part)):.2f}")
+        peaks = [f"{alone(peak_gb, model, rows, part):.2f}" for part in (None, chunk)]
         table.add_row(str(rows), *peaks)
     Console().print(table)
 

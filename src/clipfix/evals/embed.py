@@ -20,6 +20,7 @@ from torch.nn.functional import normalize
 
 from clipfix.backbone import Backbone
 from clipfix.data import samples, square
+from clipfix.functional.patches import take_patches
 
 BATCH = 64  # a forward pass; memory depends on it, features do not
 
@@ -85,8 +86,7 @@ def embed_locally(
             f"{error} Or leave out the score that asks for patches: ~eval.benchmarks.pairs_local"
         ) from error
     drawn = torch.tensor([local.draw(key, patches.shape[1]) for key in keys], device=device)
-    picked = patches.gather(1, drawn[..., None].expand(-1, -1, patches.shape[-1]))
-    return global_plus_local(pooled.float(), picked.float(), local.normalized)
+    return global_plus_local(pooled.float(), take_patches(patches, drawn).float(), local.normalized)
 
 
 def embed_texts(backbone: Backbone, texts: Sequence[str], at_most: int | None = None) -> Float[Tensor, "n d"]:
