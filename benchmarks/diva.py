@@ -1,9 +1,9 @@
 """One DIVA step against a plain one: VAE in fp32 and text encoder every step, a pass of tower and U-Net for each draw.
 
     python benchmarks/diva.py step --bf16 --compile         # tiny CLIP and generator: time, operations, agreement
-    python benchmarks/diva.py step --generator sd21-small --batch 4 --bf16        # Stable Diffusion's proportions
-    python benchmarks/diva.py step --model ViT-L-14 --generator sd21-base --batch 16 --autocast --bf16 --compile \
-        --checkpoint --repeats 10 --ceiling 989             # on a GPU; 989 TFLOP/s is an H200's in bf16
+    python benchmarks/diva.py step --generator sd21-small --batch 4 --latents     # Stable Diffusion's proportions
+    python benchmarks/diva.py step --model ViT-L-14 --generator sd21-base --batch 16 --autocast --latents --bf16 \
+        --compile --checkpoint --repeats 10 --ceiling 989   # on a GPU; 989 TFLOP/s is an H200's in bf16
     python benchmarks/diva.py split                         # which part a step's time goes to
     python benchmarks/diva.py memory --generator sd21-small # what a step needs, with and without checkpointing
 
@@ -125,11 +125,13 @@ def build(kind: type[DIVA], model: str, folder: str, device: str, checkpointing:
     return method.to(device)
 
 
-def stepper(method: DIVA, rows: int, autocast: bool) -> Callable[[], float]:
-    """Forward, backward and update on one batch of noise pictures; returns the loss."""
+def stepper(method: DIVA, rows: int, autocast: bool, stored: bool = False) -> Callable[[], float]:
+    """Forward, backward and update on one batch of noise pictures, their latents stored or not; returns the loss."""
     optimizer = method.configure_optimizers()["optimizer"]
     side, device = method.image_size, method.device.type
     batch = {"image": torch.rand(rows, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)}
+    if stored:  # as run=annotate annotator=latents leaves them
+        batch["latents"] = method.diffusion.encode(batch["image"])
 
     def step() -> float:
         method.seed_draws(0)
@@ -150,7 +152,12 @@ def gradient(method: DIVA) -> Tensor:
 def compare_steps(asked: argparse.Namespace) -> None:
     """A table: plain, DIVA as it is, and DIVA with one more switch a row."""
     device, rows = asked.device, asked.batch
-    switches = [("bf16", {"dtype": "bf16"}), ("compile", {"compiled": True}), ("checkpoint", {"checkpointing": True})]
+    switches = [
+        ("latents", {}),
+        ("bf16", {"dtype": "bf16"}),
+        ("compile", {"compiled": True}),
+        ("checkpoint", {"checkpointing": True}),
+    ]
     with generator_folder(asked.generator) as folder:
         how: dict[str, Any] = {}
         methods = {
@@ -161,7 +168,10 @@ def compare_steps(asked: argparse.Namespace) -> None:
             if getattr(asked, name):
                 how |= setting
                 methods[f"+ {name}"] = build(DIVA, asked.model, folder, device, **how)
-    steps = {name: stepper(method, rows, asked.autocast) for name, method in methods.items()}
+    steps = {
+        name: stepper(method, rows, asked.autocast, stored=asked.latents and name.startswith("+"))
+        for name, method in methods.items()
+    }
     operations, losses, far = {}, {}, {}
     for name, step in steps.items():
         with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
@@ -318,6 +328,7 @@ if __name__ == "__main__":
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--autocast", action="store_true", help="every row in bf16-mixed, as trainer.precision has it")
+    parser.add_argument("--latents", action="store_true", help="a row more: latents computed before, and stored")
     parser.add_argument("--bf16", action="store_true", help="a row more: the generator's weights in bf16")
     parser.add_argument("--compile", action="store_true", help="a row more: torch.compile, minutes at the start")
     parser.add_argument("--checkpoint", action="store_true", help="a row more: both models checkpointed")
