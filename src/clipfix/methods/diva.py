@@ -133,10 +133,8 @@ class DIVA(Method):
         short = ("caption",) if caption_weight or anchor == "similarities" else ()
         self.reads = (*short, "captions") if projection_from == "captions" else short
 
+        # Random, as from zero all `condition_tokens` on the mean null text would start alike, and stay alike for ever.
         self.visual_proj = nn.Linear(backbone.embed_dim, condition_tokens * diffusion.condition_dim)
-        if projection_from == "captions":  # stage one starts from the null text, not from a random text
-            nn.init.zeros_(self.visual_proj.weight)
-            nn.init.zeros_(self.visual_proj.bias)
         self.visual_proj.requires_grad_(self.control != "off")
         backbone.requires_grad_(False)
         # The original shares the text tower, which never trains. Frozen, it stays out of checkpoints.
