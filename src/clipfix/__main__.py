@@ -149,8 +149,11 @@ VERBS = {
 
 
 def build(cfg: DictConfig) -> tuple[Any, dict[str, Any]]:
-    """What every verb that scores starts from: the backbone, and its benchmarks."""
-    return start(cfg), instantiate(cfg.eval.benchmarks)
+    """What every verb that scores starts from: the backbone, and those benchmarks whose data is there."""
+    from clipfix.evals import present
+
+    benchmarks = present(instantiate(cfg.eval.benchmarks))
+    return start(cfg), benchmarks
 
 
 def start(cfg: DictConfig) -> Any:
