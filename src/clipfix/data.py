@@ -343,7 +343,9 @@ class ShardData(L.LightningDataModule):
         self.train, self.selection, self.allow_pipe, self.prepare = train, selection, allow_pipe, prepare
         self.texts = {name: Text(**text) for name, text in texts.items() if text is not None}
         if ragged := [name for name, text in self.texts.items() if text.k is None]:
-            raise ValueError(f"data.texts.{ragged[0]}.k is null: a batch needs as many texts from each sample, so give k.")
+            raise ValueError(
+                f"data.texts.{ragged[0]}.k is null: a batch needs as many texts from each sample, so give k."
+            )
         self.batch_size, self.workers, self.shuffle = batch_size, workers, shuffle
         self.seed, self.image_size, self.features = seed, image_size, features
         self.latents, self.latents_of = latents, latents_of

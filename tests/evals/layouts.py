@@ -173,9 +173,16 @@ def cifar(root: Path) -> Truth:
         where.mkdir(parents=True)
         (where / file).write_bytes(pickle.dumps({"data": data, labels: [i // 2 for i in range(12)]}))
         (where / meta).write_bytes(pickle.dumps({names: things}))
-        templates = ("a photo of a {}.", "a blurry photo of a {}.", "a black and white photo of a {}.", "a low contrast photo of a {}.",
-                     "a high contrast photo of a {}.", "a bad photo of a {}.", "a good photo of a {}.", "a photo of a small {}.",
-                     "a photo of a big {}.")  # fmt: skip
+        kinds = (
+            "photo",
+            "blurry photo",
+            "black and white photo",
+            "low contrast photo",
+            "high contrast photo",
+            "bad photo",
+        )
+        templates = [f"a {kind} of a {{}}." for kind in (*kinds, "good photo")]
+        templates += ["a photo of a small {}.", "a photo of a big {}."]
         both = [t.replace(" of a ", article).format for t in templates for article in (" of a ", " of the ")]
         truth |= prompts({thing: [2 * i, 2 * i + 1] for i, thing in enumerate(things)}, both)
     return truth
@@ -183,9 +190,7 @@ def cifar(root: Path) -> Truth:
 
 def vtab(root: Path, name: str = "pets") -> Truth:
     folder, pets = root / f"wds_vtab-{name}", ["abyssinian", "beagle", "boxer", "pug", "sphynx", "siamese"]
-    samples = {
-        f"s{i:07d}": {"png": encoded(Image.new("RGB", (8, 8), (i,) * 3)), "cls": str(i // 2)} for i in range(12)
-    }
+    samples = {f"s{i:07d}": {"png": encoded(Image.new("RGB", (8, 8), (i,) * 3)), "cls": str(i // 2)} for i in range(12)}
     keys = list(samples)
     for shard, part in enumerate((keys[:7], keys[7:])):
         pack(folder / "test" / f"{shard}.tar", {key: samples[key] for key in part})

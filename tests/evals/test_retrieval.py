@@ -57,7 +57,7 @@ def test_recall_is_torchmetrics():
 
 def test_recall_holds_a_few_queries_at_a_time():
     """20,000 x 20,000 scores are 1.6 GB, and sorting them takes three times that."""
-    images = normalize(torch.randn(20_000, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
+    images = normalize(torch.randn(20_000, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
     picture = torch.arange(20_000)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert recall(images, images, picture, picture, [1]) == {1: 100}

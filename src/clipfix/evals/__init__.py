@@ -40,8 +40,8 @@ def present(benchmarks: Mapping[str, Benchmark]) -> dict[str, Benchmark]:
     missing = {name: line for name, benchmark in benchmarks.items() if (line := benchmark.missing())}
     told = [f"{name}: {line}" for name, line in missing.items()]
     if missing and len(missing) == len(benchmarks):
-        others = f" So it is with {len(told) - 1} more; data/README.md lists them all." if len(told) > 1 else ""
-        raise ValueError(f"There is no data to score. {told[0]}{others} eval.root is the folder above.")
+        others = f" {len(told) - 1} more are not there either: data/README.md has them all." if len(told) > 1 else ""
+        raise ValueError(f"There is no data to score in eval.root. {told[0]}{others}")
     for line in told:
         print(f"Skipped {line}")
     return {name: benchmark for name, benchmark in benchmarks.items() if name not in missing}

@@ -39,8 +39,10 @@ def pictures(shards: Shards, allow_pipe: bool = False) -> Iterator[Sample]:
 
 def decoded(image: Image.Image | Path) -> Image.Image:
     """A picture in RGB, from its file if need be. Of a published set none may fail: it would be another set."""
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
     try:
-        with Image.open(image) if isinstance(image, Path) else image as opened:
+        with Image.open(image) as opened:
             return opened.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"the picture {image} cannot be read ({error}): fetch its data set again.") from error

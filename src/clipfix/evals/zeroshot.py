@@ -31,7 +31,7 @@ def heads(features: Features, classes: Sequence[str], templates: Sequence[str]) 
 
 
 class ZeroShot(Benchmark):
-    """Accuracy per factor with an ensemble of templates, on pictures of one thing: "a star" does not name three stars."""
+    """Accuracy per factor by an ensemble of templates, on pictures of one thing: "a star" does not name three stars."""
 
     def __init__(self, shards: str | Sequence[str], questions: Mapping[str, Question]) -> None:
         self.shards, self.questions = shards, questions

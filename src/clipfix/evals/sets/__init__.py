@@ -6,8 +6,9 @@ A source yields what shards yield ({key, image, txt, json}), so that a benchmark
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,8 @@ class Source(ABC):
     `fetch` says what to download, how large it is and where to put it. `samples` is how many the published split has:
     a score over fewer pictures would be another benchmark's. null = any number.
     """
+
+    packages: ClassVar[Sequence[str]] = ()  # of the extra `eval`, where the set is read by them
 
     root: str
     fetch: str
@@ -36,6 +39,8 @@ class Source(ABC):
 
     def missing(self) -> str | None:
         """One line that says what is not there and how to get it; None where all is there."""
+        if uninstalled := [package for package in self.packages if find_spec(package) is None]:
+            return f"it is read by {uninstalled[0]}, which is not installed: pip install 'clipfix[eval]'"
         absent = next((path for path in self.needs() if not path.exists()), None)
         return absent and f"there is no {absent}. {self.fetch}"
 
@@ -47,7 +52,14 @@ class Source(ABC):
             for sample in self.read():
                 count += 1
                 yield sample
-        except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:  # cut off, or another layout
+        except (
+            OSError,
+            EOFError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:  # cut off, or another layout
             raise ValueError(f"{self.folder} cannot be read ({error!r}): fetch it again. {self.fetch}") from error
         if self.samples not in (None, count):
             raise ValueError(

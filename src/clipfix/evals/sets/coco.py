@@ -14,6 +14,8 @@ from clipfix.evals.sets import Source, caption_sample
 class COCO(Source):
     """A folder of pictures and an annotation file in COCO's format; all captions of a picture, five to seven."""
 
+    packages = ("pycocotools",)
+
     pictures: str
     annotations: str
 

@@ -15,6 +15,8 @@ class Flickr30k(Source):
     `.token` is that of the authors, which holds everything; another name is read as clip_benchmark's csv of a split.
     """
 
+    packages = ("clip_benchmark",)
+
     pictures: str
     annotations: str
 

@@ -17,6 +17,8 @@ class ImageNet(Labelled):
     Class names and templates are clip_benchmark's, which are open_clip's and OpenAI's.
     """
 
+    packages = ("clip_benchmark",)
+
     def needs(self) -> Sequence[Path]:
         return [self.folder]
 
@@ -29,11 +31,19 @@ class ImageNet(Labelled):
         for path, folder in found.samples:
             picture = Path(path)
             label = place[numbers[folder]]
-            yield {"key": f"{picture.parent.name}/{picture.stem}", "image": picture, "txt": "", "json": {"label": label}}
+            yield {
+                "key": f"{picture.parent.name}/{picture.stem}",
+                "image": picture,
+                "txt": "",
+                "json": {"label": label},
+            }
 
     def classes(self) -> list[str]:
         names = packaged("en_classnames.json")["imagenet1k"]
-        return [names[number] for number in sorted(self._number(path.name) for path in self.folder.iterdir() if path.is_dir())]
+        return [
+            names[number]
+            for number in sorted(self._number(path.name) for path in self.folder.iterdir() if path.is_dir())
+        ]
 
     def templates(self) -> list[str]:
         return packaged("en_zeroshot_classification_templates.json")["imagenet1k"]

@@ -17,6 +17,8 @@ class Named(Labelled):
     and templates are clip_benchmark's; in the WebDataset layout they lie in the folder.
     """
 
+    packages = ("clip_benchmark",)
+
     name: str
     present: str
 

@@ -15,6 +15,8 @@ class SugarCrepe(Source):
     Source: Hsieh et al. 2023 (arXiv 2306.14610).
     """
 
+    packages = ("clip_benchmark",)
+
     pictures: str
     subsets: tuple[str, ...]
 
