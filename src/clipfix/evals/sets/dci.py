@@ -17,7 +17,7 @@ class DCI(Source):
     over all splits. Departs: LoTLIP also joins the sentences anew by ". ".
     """
 
-    splits: tuple[str, ...]
+    splits: Sequence[str]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "splits", tuple(self.splits))  # yaml has lists, which cannot be hashed

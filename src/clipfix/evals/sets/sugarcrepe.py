@@ -18,7 +18,7 @@ class SugarCrepe(Source):
     packages = ("clip_benchmark",)
 
     pictures: str
-    subsets: tuple[str, ...]
+    subsets: Sequence[str]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "subsets", tuple(self.subsets))  # yaml has lists, which cannot be hashed
