@@ -35,6 +35,7 @@ HARMLESS = (
     r"You defined a `validation_step` but have no",  # the same
     r"Checkpoint directory .* exists and is not empty",  # a resumed run
     r"y_pred contains classes not in y_true",  # a probe on a small test split
+    r"WebDataset\(shardshuffle=...\) is None",  # clip_benchmark reads in order, and means to
 )
 
 
@@ -149,8 +150,11 @@ VERBS = {
 
 
 def build(cfg: DictConfig) -> tuple[Any, dict[str, Any]]:
-    """What every verb that scores starts from: the backbone, and its benchmarks."""
-    return start(cfg), instantiate(cfg.eval.benchmarks)
+    """What every verb that scores starts from: the backbone, and those benchmarks whose data is there."""
+    from clipfix.evals import present
+
+    benchmarks = present(instantiate(cfg.eval.benchmarks))
+    return start(cfg), benchmarks
 
 
 def start(cfg: DictConfig) -> Any:

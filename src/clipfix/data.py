@@ -84,17 +84,18 @@ class Text:
     """Which text of a sample goes into the batch: `key` says where it lies, `pick` which of several, `k` how many.
 
     A batch is rectangular, so every sample gives exactly k texts: `all` takes them in order, `random` in an order
-    drawn anew each pass, and both begin again at the first when a sample has fewer than k.
+    drawn anew each pass, and both begin again at the first when a sample has fewer than k. `k` of None takes as many as
+    there are: for benchmarks alone.
     """
 
     key: str
     pick: str
-    k: int = 1
+    k: int | None = 1
 
     def __post_init__(self) -> None:
         if self.pick not in PICKS:
             raise ValueError(f"data.texts: pick {self.pick!r} is none of {', '.join(PICKS)}")
-        if self.k < 1 or (self.k > 1 and self.pick not in ("all", "random")):
+        if (self.k is not None and self.k < 1) or (self.k != 1 and self.pick not in ("all", "random")):
             raise ValueError(f"data.texts: k={self.k} with pick={self.pick}: k > 1 needs pick=all or pick=random")
 
     @property
@@ -110,7 +111,7 @@ class Text:
             texts = [other_sentences(texts[0], rng)]
         elif self.pick == "random":
             texts = rng.sample(texts, len(texts))
-        return list(itertools.islice(itertools.cycle(texts), self.k))
+        return texts if self.k is None else list(itertools.islice(itertools.cycle(texts), self.k))
 
 
 def strings(sample: Mapping[str, Any], key: str) -> list[str]:
@@ -341,6 +342,10 @@ class ShardData(L.LightningDataModule):
         super().__init__()
         self.train, self.selection, self.allow_pipe, self.prepare = train, selection, allow_pipe, prepare
         self.texts = {name: Text(**text) for name, text in texts.items() if text is not None}
+        if ragged := [name for name, text in self.texts.items() if text.k is None]:
+            raise ValueError(
+                f"data.texts.{ragged[0]}.k is null: a batch needs as many texts from each sample, so give k."
+            )
         self.batch_size, self.workers, self.shuffle = batch_size, workers, shuffle
         self.seed, self.image_size, self.features = seed, image_size, features
         self.latents, self.latents_of = latents, latents_of

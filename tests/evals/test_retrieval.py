@@ -1,3 +1,5 @@
+import resource
+
 import pytest
 import torch
 from planted import Planted, write_shard
@@ -43,6 +45,36 @@ def test_recall_is_clip_benchmarks():
         to_text = 100 * (theirs(scores.T, positives.T, k) > 0).float().mean().item()
         assert recall(texts, images, owner, picture, [k])[k] == pytest.approx(to_image)
         assert recall(images, texts, picture, owner, [k])[k] == pytest.approx(to_text)
+
+
+def test_recall_is_torchmetrics():
+    theirs = pytest.importorskip("torchmetrics.functional.retrieval").retrieval_hit_rate
+    images, texts, picture, owner = random_features(2)
+    for k, found in recall(images, texts, picture, owner, [1, 5, 10, 500]).items():
+        hits = [theirs(texts @ image, owner == i, top_k=min(k, len(texts))) for i, image in enumerate(images)]
+        assert found == pytest.approx(100 * torch.stack(hits).mean().item())
+
+
+def test_recall_holds_a_few_queries_at_a_time():
+    """20,000 x 20,000 scores are 1.6 GB, and sorting them takes three times that."""
+    images = normalize(torch.randn(20_000, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    picture = torch.arange(20_000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert recall(images, images, picture, picture, [1]) == {1: 100}
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
+
+
+def test_pictures_may_have_different_numbers_of_captions(tmp_path):
+    """Picture 0 has three captions, of which the last is another one's; k of null asks with all of them."""
+    captions = [["a", "b", "of c"], ["c"], ["d"]]
+    shard = write_shard(tmp_path / "test.tar", [{"captions": several} for several in captions])
+    eye = torch.eye(4)
+    texts = {"a": eye[0], "b": eye[0], "of c": eye[1], "c": eye[1] + 0.1 * eye[3], "d": eye[2]}
+    scores = Retrieval(shard, {"key": "captions", "pick": "all", "k": None}, recall_at=[1])(Planted(eye[:3], texts))
+    assert scores["text_to_image_R@1"] == pytest.approx(80)
+    assert scores["image_to_text_R@1"] == pytest.approx(200 / 3)  # picture 1 finds "of c" first
+    first = Retrieval(shard, {"key": "captions", "pick": "all", "k": 2}, recall_at=[1])(Planted(eye[:3], texts))
+    assert first["text_to_image_R@1"] == 100
 
 
 def test_planted_ranks(tmp_path):

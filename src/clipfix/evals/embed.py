@@ -9,22 +9,43 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from lightning.pytorch.utilities.seed import isolate_rng
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from clipfix.backbone import Backbone
 from clipfix.data import samples, square
+from clipfix.evals.sets import Source
 from clipfix.functional.patches import take_patches
 
 BATCH = 64  # a forward pass; memory depends on it, features do not
 
 Sample = dict[str, Any]  # key, txt and json of one sample; its picture is not kept
+Shards = str | Sequence[str] | Source  # what a benchmark reads: urls, or a published data set
+
+
+def pictures(shards: Shards, allow_pipe: bool = False) -> Iterator[Sample]:
+    """One pass of samples with their pictures, for looking at them."""
+    for sample in shards if isinstance(shards, Source) else samples(shards, allow_pipe):
+        yield {**sample, "image": decoded(sample["image"])}
+
+
+def decoded(image: Image.Image | Path) -> Image.Image:
+    """A picture in RGB, from its file if need be. Of a published set none may fail: it would be another set."""
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    try:
+        with Image.open(image) as opened:
+            return opened.convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"the picture {image} cannot be read ({error}): fetch its data set again.") from error
 
 
 def embed_images(backbone: Backbone, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
@@ -103,45 +124,61 @@ def embed_texts(backbone: Backbone, texts: Sequence[str], at_most: int | None = 
 
 
 class Features:
-    """The features of one backbone; shards that several benchmarks share are decoded and embedded once."""
+    """The features of one backbone; what several benchmarks share, shards or picture files, is embedded once."""
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
-        self._seen: dict[tuple[tuple[str, ...], Local | None], tuple[Tensor, list[Sample]]] = {}
+        self._seen: dict[tuple[tuple[str, ...] | Source, Local | None], tuple[Tensor, list[Sample]]] = {}
+        self._files: dict[tuple[Path, Local | None], Tensor] = {}  # of sources, which may share pictures
 
     def images(
-        self, shards: str | Sequence[str] | None, allow_pipe: bool = False, local: Local | None = None
+        self, shards: Shards | None, allow_pipe: bool = False, local: Local | None = None
     ) -> tuple[Float[Tensor, "n d"], list[Sample]]:
         """One row per sample of the shards, and the samples, in stored order; by the plain rule, or with patches."""
         if not shards:
             raise ValueError(
                 "There are no shards to score: name them (eval.shards=/path/to/test-*.tar) or set eval=none."
             )
-        urls = (shards,) if isinstance(shards, str) else tuple(shards)
-        if (urls, local) not in self._seen:
-            self._seen[urls, local] = self._embed(urls, allow_pipe, local)
-        return self._seen[urls, local]
+        where = shards if isinstance(shards, Source) else (shards,) if isinstance(shards, str) else tuple(shards)
+        if (where, local) not in self._seen:
+            stream = iter(where) if isinstance(where, Source) else samples(where, allow_pipe)
+            found, kept = self._embed(stream, local)
+            if not kept:
+                named = where.folder if isinstance(where, Source) else ", ".join(where)
+                raise ValueError(f"No sample of {named} could be read: the log says why.")
+            self._seen[where, local] = torch.stack(found), kept
+        return self._seen[where, local]
 
     def texts(self, texts: Sequence[str], at_most: int | None = None) -> Float[Tensor, "n d"]:
         """One row per text, cut after `at_most` tokens if given."""
         return embed_texts(self.backbone, texts, at_most)
 
-    def _embed(
-        self, urls: tuple[str, ...], allow_pipe: bool, local: Local | None
-    ) -> tuple[Float[Tensor, "n d"], list[Sample]]:
-        rows: list[Tensor] = []
+    def _embed(self, stream: Iterator[Sample], local: Local | None) -> tuple[list[Tensor], list[Sample]]:
+        """A row for each sample; a picture file that was embedded before is not opened again."""
         kept: list[Sample] = []
-        stream = samples(urls, allow_pipe)
-        while batch := list(islice(stream, BATCH)):
-            images = torch.stack([square(sample.pop("image"), self.backbone.image_size) for sample in batch])
+        names: list[Any] = []
+        rows: dict[Any, Tensor] = {}
+
+        def unseen() -> Iterator[tuple[Any, str, Image.Image | Path]]:
+            for sample in stream:
+                picture = sample.pop("image")
+                name = (picture, local) if isinstance(picture, Path) else len(names)
+                kept.append(sample)
+                names.append(name)
+                if name not in rows and name not in self._files:
+                    rows[name] = torch.empty(0)  # it is in this batch
+                    yield name, sample["key"], picture
+
+        queue = unseen()
+        while batch := list(islice(queue, BATCH)):
+            images = torch.stack([square(decoded(picture), self.backbone.image_size) for _, _, picture in batch])
             if local is None:
-                rows.append(embed_images(self.backbone, images))
+                found = embed_images(self.backbone, images)
             else:
-                rows.append(embed_locally(self.backbone, images, [sample["key"] for sample in batch], local))
-            kept += batch
-        if not rows:
-            raise ValueError(f"No sample of {', '.join(urls)} could be read: the log says why.")
-        return torch.cat(rows), kept
+                found = embed_locally(self.backbone, images, [key for _, key, _ in batch], local)
+            rows |= zip([name for name, _, _ in batch], found, strict=True)
+        self._files |= {name: row for name, row in rows.items() if isinstance(name, tuple)}
+        return [self._files[name] if isinstance(name, tuple) else rows[name] for name in names], kept
 
 
 @contextmanager

@@ -10,9 +10,8 @@ from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from clipfix.data import samples
 from clipfix.evals import Benchmark
-from clipfix.evals.embed import Features, Local, Sample
+from clipfix.evals.embed import Features, Local, Sample, Shards, pictures
 from clipfix.evals.gallery import Cell, gallery
 
 
@@ -38,7 +37,7 @@ class Pairs(Benchmark):
     With `local` (`tokens`, `normalized`, `seed`: see `Local`) a picture is embedded as DIVA's code does for this score.
     """
 
-    def __init__(self, shards: str | Sequence[str], prefix: str, local: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, shards: Shards, prefix: str, local: Mapping[str, Any] | None = None) -> None:
         self.shards, self.prefix = shards, prefix
         self.local = Local(**local) if local is not None else None
         self.answers: list[dict[int, bool]] = []  # per scoring: pair -> both texts picked their own image
@@ -62,7 +61,7 @@ class Pairs(Benchmark):
             return None
         answers = self.answers[-len(columns) :]
         by_pattern: dict[str, list[tuple[bool, int, list[Sample]]]] = defaultdict(list)
-        kept = list(samples(self.shards))
+        kept = list(pictures(self.shards))
         for number, rows in self.rows(kept).items():
             pair = [kept[row] for row in rows]
             changed = len({scoring[number] for scoring in answers}) > 1

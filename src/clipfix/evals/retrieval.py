@@ -10,11 +10,10 @@ import torch
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from torch import Tensor
-from torchmetrics.functional.retrieval import retrieval_hit_rate
 
-from clipfix.data import Text, samples
+from clipfix.data import Text
 from clipfix.evals import Benchmark
-from clipfix.evals.embed import Features
+from clipfix.evals.embed import Features, Shards, pictures
 from clipfix.evals.gallery import Cell, gallery
 
 SHOWN = 12  # pictures in the figure
@@ -31,23 +30,24 @@ def recall(
     """Share of queries, in percent, with at least one match among their k nearest.
 
     With several captions a picture, any one of them is a hit. Pictures with the very same caption are rivals all the
-    same, so junk captions keep recall below 100. Source: clip_benchmark, `zeroshot_retrieval`.
+    same, so junk captions keep recall below 100. Source: clip_benchmark, `zeroshot_retrieval`; the same as the mean of
+    torchmetrics' `retrieval_hit_rate`, which takes one query at a time.
     """
     hits = []
     for query, picture in zip(queries.split(CHUNK), query_picture.split(CHUNK), strict=True):
         nearest = (query @ gallery.T).topk(min(max(at), len(gallery)))
         match = gallery_picture[nearest.indices] == picture[:, None]
-        for scores, relevant in zip(nearest.values.cpu(), match.cpu(), strict=True):
-            hits.append(torch.stack([retrieval_hit_rate(scores, relevant, top_k=k) for k in at]))
-    return dict(zip(at, (100 * torch.stack(hits).mean(dim=0)).tolist(), strict=True))
+        hits.append(torch.stack([match[:, :k].any(dim=1) for k in at], dim=1))
+    return dict(zip(at, (100 * torch.cat(hits).double().mean(dim=0)).tolist(), strict=True))
 
 
 def both_ways(
-    images: Float[Tensor, "n d"], texts: Float[Tensor, "m d"], at: Sequence[int]
+    images: Float[Tensor, "n d"], texts: Float[Tensor, "m d"], at: Sequence[int], counts: Sequence[int] | None = None
 ) -> dict[str, dict[int, float]]:
-    """Recall of texts by image and of images by text; each image has as many texts, side by side."""
+    """Recall of texts by image and of images by text; each image's texts are side by side, as many or `counts`."""
     picture = torch.arange(len(images), device=images.device)
-    owner = picture.repeat_interleave(len(texts) // len(images))
+    each = len(texts) // len(images) if counts is None else torch.tensor(counts, device=images.device)
+    owner = picture.repeat_interleave(each)
     return {
         "image_to_text": recall(images, texts, picture, owner, at),
         "text_to_image": recall(texts, images, owner, picture, at),
@@ -55,11 +55,14 @@ def both_ways(
 
 
 class Retrieval(Benchmark):
-    """R@k both ways, with the captions that `text` picks (`key`, `pick`, `k`: as data.texts does in training)."""
+    """R@k both ways, with the captions that `text` picks (`key`, `pick`, `k`: as data.texts does in training).
+
+    `k: null` with `pick: all` takes every caption there is, so some pictures may have more than others.
+    """
 
     def __init__(
         self,
-        shards: str | Sequence[str] | None,
+        shards: Shards | None,
         text: Mapping[str, Any],
         recall_at: Sequence[int],
         allow_pipe: bool = False,
@@ -76,14 +79,14 @@ class Retrieval(Benchmark):
         self.found.append([(flat[text], flat[text] in captions[i]) for i, text in enumerate(nearest)])
         scores = {
             f"{direction}_R@{k}": score
-            for direction, recalls in both_ways(images, texts, self.recall_at).items()
+            for direction, recalls in both_ways(images, texts, self.recall_at, [len(c) for c in captions]).items()
             for k, score in recalls.items()
         }
         return {"mean": fmean(scores.values()), **scores}
 
     def figure(self, columns: Sequence[str]) -> Figure | None:
         """The first pictures, and which caption each of the last scorings found for them."""
-        shown = islice(samples(self.shards or (), self.allow_pipe), SHOWN)
+        shown = islice(pictures(self.shards or (), self.allow_pipe), SHOWN)
         cells = []
         for i, sample in enumerate(shown):
             own = self.text.draw(sample, Random(sample["key"]))[0]

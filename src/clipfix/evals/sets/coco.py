@@ -1,0 +1,33 @@
+"""COCO captions: val2017 and Karpathy's 5000 of val2014 are different pictures, and so different benchmarks."""
+
+import contextlib
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clipfix.evals.sets import Source, caption_sample
+
+
+@dataclass(frozen=True)
+class COCO(Source):
+    """A folder of pictures and an annotation file in COCO's format; all captions of a picture, five to seven."""
+
+    packages = ("pycocotools",)
+
+    pictures: str
+    annotations: str
+
+    def needs(self) -> Sequence[Path]:
+        return [self.folder / self.pictures, self.folder / self.annotations]
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        from torchvision.datasets import CocoCaptions
+
+        pictures = self.folder / self.pictures
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools tells of its progress
+            coco = CocoCaptions(str(pictures), str(self.folder / self.annotations)).coco
+        for number in sorted(coco.imgs):
+            captions = [annotation["caption"] for annotation in coco.imgToAnns[number]]
+            yield caption_sample(pictures / coco.imgs[number]["file_name"], *captions)

@@ -1,0 +1,37 @@
+"""MMVP-VLM: 135 pairs of photographs that CLIP takes for alike, in nine visual patterns."""
+
+import csv
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clipfix.evals.sets import Source
+
+SPELLINGS = ("MLLM_VLM Images", "MLLM_VLM_Images", "MMVP_VLM_Images")  # MMVP's and DIVA's scripts, MMVP's read-me
+
+
+@dataclass(frozen=True)
+class MMVP(Source):
+    """`Questions.csv` (`Question ID,Type,Statement`) and `<pictures>/<Type>/<Question ID>.jpg`.
+
+    Consecutive rows are a pair, and each statement belongs to its own picture; folders may have `_` for each blank.
+    Source: Tong et al. 2024 (arXiv 2401.06209), scripts/evaluate_vlm.py.
+    """
+
+    def needs(self) -> Sequence[Path]:
+        return [self.folder / "Questions.csv", self._pictures()]
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        with (self.folder / "Questions.csv").open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file))
+        for place, row in enumerate(rows):
+            pattern, number = row["Type"].strip(), row["Question ID"].strip()
+            folder = self._pictures() / pattern
+            picture = (folder if folder.is_dir() else folder.with_name(pattern.replace(" ", "_"))) / f"{number}.jpg"
+            record = {"pair": place // 2, "pattern": pattern, "statement": row["Statement"].strip()}
+            yield {"key": number, "image": picture, "txt": record["statement"], "json": record}
+
+    def _pictures(self) -> Path:
+        found = [self.folder / name for name in SPELLINGS if (self.folder / name).is_dir()]
+        return found[0] if found else self.folder / SPELLINGS[0]
