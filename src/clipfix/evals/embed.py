@@ -18,13 +18,14 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from clipfix.backbone import Backbone
+from clipfix.backbone import Backbone, weights_hash
 from clipfix.data import samples, square
 from clipfix.functional.patches import take_patches
 
 BATCH = 64  # a forward pass; memory depends on it, features do not
 
 Sample = dict[str, Any]  # key, txt and json of one sample; its picture is not kept
+TextCache = dict[tuple[str, int, str], Tensor]  # hash of the text tower, tokens at most, text -> its row, on the CPU
 
 
 def embed_images(backbone: Backbone, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
@@ -105,8 +106,11 @@ def embed_texts(backbone: Backbone, texts: Sequence[str], at_most: int | None = 
 class Features:
     """The features of one backbone; shards that several benchmarks share are decoded and embedded once."""
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: Backbone, texts: TextCache | None = None) -> None:
         self.backbone = backbone
+        self._texts: TextCache = {} if texts is None else texts
+        # A cache of this backbone's own need not know whose texts it holds.
+        self._tower = "" if texts is None else weights_hash(backbone.text)
         self._seen: dict[tuple[tuple[str, ...], Local | None], tuple[Tensor, list[Sample]]] = {}
 
     def images(
@@ -123,8 +127,14 @@ class Features:
         return self._seen[urls, local]
 
     def texts(self, texts: Sequence[str], at_most: int | None = None) -> Float[Tensor, "n d"]:
-        """One row per text, cut after `at_most` tokens if given."""
-        return embed_texts(self.backbone, texts, at_most)
+        """One row per text, cut after `at_most` tokens if given; a text that was asked before is not embedded again."""
+        cut = min(at_most or self.backbone.context_length, self.backbone.context_length)
+        new = [text for text in dict.fromkeys(texts) if (self._tower, cut, text) not in self._texts]
+        if new:
+            rows = embed_texts(self.backbone, new, cut).cpu()
+            self._texts |= {(self._tower, cut, text): row for text, row in zip(new, rows, strict=True)}
+        stacked = torch.stack([self._texts[self._tower, cut, text] for text in texts])
+        return stacked.to(next(self.backbone.parameters()).device)
 
     def _embed(
         self, urls: tuple[str, ...], allow_pipe: bool, local: Local | None
@@ -161,7 +171,7 @@ def still(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def scoring(backbone: Backbone) -> Iterator[Features]:
+def scoring(backbone: Backbone, texts: TextCache | None = None) -> Iterator[Features]:
     """Features in fp32 from a still model: a run is bit-identical with and without the scores taken on its way.
 
     Precision settings come back as they were, like all that `still` minds.
@@ -178,4 +188,4 @@ def scoring(backbone: Backbone) -> Iterator[Features]:
         # Weights held in half precision are scored through an fp32 copy.
         if any(p.dtype != torch.float32 for p in weights):
             backbone = copy.deepcopy(backbone).float()
-        yield Features(backbone)
+        yield Features(backbone, texts)
