@@ -432,7 +432,7 @@ def _read(path: Path, name: str, config: dict[str, Any]) -> dict[str, Tensor]:
 
 def _fill(model: open_clip.CustomTextCLIP, state: dict[str, Tensor], path: Path | None, name: str) -> None:
     """Put a checkpoint into the model, strictly: open_clip's own loader would stretch position tables silently."""
-    state = convert_state_dict(model, state)
+    state = convert_to_custom_text_state_dict(convert_state_dict(model, state))
     own = model.state_dict()
     for key in ("logit_scale", "logit_bias"):  # (1,) in some published files
         if key in state and key in own:

@@ -166,8 +166,10 @@ def from_siglip(state: Mapping[str, Tensor]) -> State:
     for kind in ("weight", "bias"):
         query, *rest = state.pop(f"vision_model.head.attention.in_proj_{kind}").chunk(3)
         pool |= {f"visual.trunk.attn_pool.q.{kind}": query, f"visual.trunk.attn_pool.kv.{kind}": torch.cat(rest)}
-    blocks = {"vision": TIMM_BLOCK, "text_": CLIP_BLOCK}
-    state = {renamed(key, SIGLIP_NAMES, blocks.get(key[:6], CLIP_BLOCK)): value for key, value in state.items()}
+    state = {
+        renamed(key, SIGLIP_NAMES, TIMM_BLOCK if key.startswith("vision_model.") else CLIP_BLOCK): value
+        for key, value in state.items()
+    }
     state["visual.trunk.pos_embed"] = state["visual.trunk.pos_embed"][None]
     return state | {key: value.clone() for key, value in pool.items()}
 
