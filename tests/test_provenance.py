@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from planted import write_shard
 from test_convert import transformers_clip, vocabulary  # noqa: F401
 from torch import nn
 
@@ -15,6 +14,12 @@ from clipfix.evals.probes import Probes
 from clipfix.evals.retrieval import Retrieval
 
 TEXT = {"key": "txt", "pick": "one"}
+
+
+def write(path: Path, words: str = "a") -> str:
+    """A file; what is asked here never looks into it."""
+    path.write_text(words)
+    return str(path)
 
 
 def test_the_same_weights_hash_alike_from_whatever_file(vocabulary, tmp_path):  # noqa: F811
@@ -44,7 +49,7 @@ def test_the_same_weights_hash_alike_from_whatever_file(vocabulary, tmp_path):  
 
 
 def test_the_data_hash_is_of_contents(tmp_path):
-    shards = [write_shard(tmp_path / f"{i}.tar", [{"caption": f"picture {i}"}]) for i in range(2)]
+    shards = [write(tmp_path / f"{i}.tar", f"picture {i}") for i in range(2)]
     first = provenance.data_hash({"shards": shards})
     assert first["files"] == 2
     (tmp_path / "elsewhere").mkdir()
@@ -54,7 +59,7 @@ def test_the_data_hash_is_of_contents(tmp_path):
     assert provenance.data_hash({"shards": moved}) == first
     file = tmp_path / "elsewhere" / "1.tar"
     changed = bytearray(file.read_bytes())
-    changed[600] ^= 1
+    changed[-1] ^= 1
     file.write_bytes(changed)
     assert provenance.data_hash({"shards": moved})["sha256"] != first["sha256"]
     remote = "https://example.org/{0..2}.tar"
@@ -77,7 +82,7 @@ def test_another_source_names_its_own_files(tmp_path):
 
 
 def test_no_score_on_what_the_run_has_seen(tmp_path):
-    test, train = (write_shard(tmp_path / f"{name}.tar", [{"caption": "a"}]) for name in ("test", "train"))
+    test, train = (write(tmp_path / f"{name}.tar") for name in ("test", "train"))
     (tmp_path / "link.tar").symlink_to(test)
     benchmarks = {"retrieval": Retrieval(test, TEXT, [1]), "probes": Probes(train, test, ["shape"], [1.0])}
     provenance.check_splits(benchmarks, {"data.train": [train], "data.selection": [None]})  # a probe is fitted there
@@ -87,12 +92,12 @@ def test_no_score_on_what_the_run_has_seen(tmp_path):
 
 
 def test_the_facts_hold_no_path_of_this_machine(clip_folder, tmp_path):
-    shard = write_shard(tmp_path / "test.tar", [{"caption": "a"}])
+    shard = write(tmp_path / "test.tar")
     facts = provenance.facts(Backbone(clip_folder, "random"), {"retrieval": Retrieval(shard, TEXT, [1])})
     assert clip_folder.endswith(facts["model"])
     assert not facts["model"].startswith("/")
     assert facts["data"]["retrieval"]["files"] == 1
-    assert facts["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(facts["versions"]["torch"])  # which may name its build
     assert facts["device"] == "cpu"
 
 

@@ -464,6 +464,8 @@ def _fitting(state: dict[str, Tensor], quick_gelu: bool = False) -> list[str]:
         # Before anything is built: a text tower of another size, or one that lives on the hub.
         if shapes.get("text.token_embedding.weight") != (text["vocab_size"], text["width"]) or "hf_model_name" in text:
             continue
+        if shapes.get("text.text_projection", (0, config["embed_dim"]))[1] != config["embed_dim"]:
+            continue
         if config.get("quick_gelu", False) or not quick_gelu:
             with torch.device("meta"):
                 own = _build(config).state_dict()

@@ -105,7 +105,7 @@ def read(path: Path) -> State:
             "write its weights alone where its code is installed: "
             "torch.save(torch.load(path, weights_only=False).state_dict(), 'weights.pt')"
         ) from error
-    except (RuntimeError, EOFError) as error:
+    except (RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}): fetch or write it again.") from error
     state = state.get("state_dict", state)
     return {key.removeprefix("module."): value for key, value in state.items()}
