@@ -86,6 +86,9 @@ def test_fit_leaves_a_complete_run_folder(method, clipfix, scenes):
     folder, printed = clipfix(*(DIVA if method == "diva" else [f"method={method}"]), scenes, *QUICK)
     results = json.loads((folder / "results.json").read_text())
     assert results["scores"]["before"].keys() == results["scores"]["after"].keys()
+    assert (results["model"], results["backbone"], results["method"]) == ("tiny/clip", "tiny", method)
+    assert {benchmark.split("/")[1] for benchmark in results["scores"]["after"]} == results["data"].keys()
+    assert results["precision"] == {"scores": "fp32", "training": "32-true"}
     assert "before" in printed
     assert "change" in printed
     config = yaml.safe_load((folder / "config.yaml").read_text())
@@ -134,7 +137,24 @@ def test_eval_of_a_checkpoint_repeats_the_scores_after_fit(settings, clipfix, sc
     after, before = (json.loads((fit / "results.json").read_text())["scores"][when] for when in ("after", "before"))
     assert after != before
     again, _ = clipfix("run=eval", f"checkpoint={fit / 'checkpoints' / 'best.ckpt'}", "method=finetune", scenes, *QUICK)
-    assert json.loads((again / "results.json").read_text())["scores"]["score"] == after
+    results = json.loads((again / "results.json").read_text())
+    assert results["scores"]["score"] == after
+    trained = json.loads((fit / "results.json").read_text())
+    assert trained["weights"]["after"] != trained["weights"]["before"]
+    assert results["weights"]["score"] == trained["weights"]["after"]
+    assert [results[fact] for fact in ("method", "wise", "data")] == [
+        trained[fact] for fact in ("method", "wise", "data")
+    ]
+
+
+def test_nothing_is_scored_that_chose_the_checkpoint(clipfix, scenes):
+    settings = ["method=finetune", scenes, *QUICK]
+    message = refusal(clipfix, *settings, "eval.selection.pairs.shards=${eval.benchmarks.pairs.shards}")
+    assert re.search(
+        r"eval\.benchmarks\.pairs would be scored on \S*pairs-test-00000\.tar, .* eval\.selection", message
+    )
+    message = refusal(clipfix, *settings, "data.train=${eval.benchmarks.zeroshot.shards}")
+    assert re.search(r"eval\.benchmarks\.zeroshot .* in data\.train too", message)
 
 
 def test_resume_auto_continues_the_newest_run_to_the_same_weights(clipfix, scenes):
@@ -176,10 +196,11 @@ def test_photographs_packed_by_img2dataset(picture, choices, clipfix, tmp_path, 
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
-    photographs(folder := tmp_path / "photos")
+    for split in ("train", "selection", "test"):
+        photographs(tmp_path / split)
     run, _ = clipfix(
         *RUN, *DATA, "logger=wandb", "data=shards", *choices,
-        f"data.train={folder}", f"data.selection={folder}", f"eval.shards={folder}", 
+        "data.train=train", "data.selection=selection", "eval.shards=test",
         "data.batch_size=2", "method.steps=2",
     )  # fmt: skip
     scores = json.loads((run / "results.json").read_text())["scores"]
@@ -202,6 +223,7 @@ def test_photographs_packed_by_img2dataset(picture, choices, clipfix, tmp_path, 
         (["method=finetune", "method.train=[vision]"], ["visual, text, logit_scale"]),
         (["method=fff", "method.reference=null"], ["method.reference is null", "data.features=features.npz"]),
         (["method=finetune", "data=shards", "data.train=nowhere/*.tar", "eval=none"], ["nowhere"]),
+        (["run=eval", "backbone=folder"], ["backbone.name=..."]),
     ],
 )
 def test_mistakes_get_one_clear_error(arguments, words, clipfix):

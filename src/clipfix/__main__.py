@@ -45,10 +45,10 @@ HARMLESS = (
 def fit(cfg: DictConfig, folder: Path) -> None:
     """Score, train, score what the selection split prefers, report."""
     started = time.perf_counter()
-    import torch
-
-    from clipfix import report
+    from clipfix import provenance, report
+    from clipfix.backbone import weights_hash
     from clipfix.evals import evaluate
+    from clipfix.evals.embed import TextCache
     from clipfix.wise import WiSE
 
     backbone, benchmarks = build(cfg)
@@ -57,15 +57,22 @@ def fit(cfg: DictConfig, folder: Path) -> None:
     method, data = method_and_data(cfg, backbone)  # missing shards are named before anything is scored
     method.config_yaml = OmegaConf.to_yaml(cfg, resolve=True)
     callbacks = dict(instantiate(cfg.callbacks)) | selection(cfg, folder)
+    watched = callbacks["selection"].benchmarks.values() if "selection" in callbacks else ()
+    chosen_by = [source for benchmark in watched for source in benchmark.sources().values()]
+    seen = {"data.train": [data.train], "data.selection": [data.selection], "eval.selection": chosen_by}
+    provenance.check_splits(benchmarks, seen)
     if cfg.wise is not None:
         callbacks["wise"] = WiSE(cfg.wise)
     loggers = list(instantiate(cfg.logger).values())
     trainer = instantiate(cfg.trainer, callbacks=[c for c in callbacks.values() if c is not None], logger=loggers)
 
-    scores = {}
+    scores, weights, facts = {}, {}, {}
+    texts: TextCache = {}  # most repairs leave the text tower as it is
     if trainer.is_global_zero:
         (folder / "config.yaml").write_text(method.config_yaml)
-        scores["before"] = evaluate(scored.to(trainer.strategy.root_device), benchmarks)
+        scores["before"] = evaluate(scored.to(trainer.strategy.root_device), benchmarks, texts)
+        facts = provenance.facts(scored, benchmarks)
+        weights["before"] = weights_hash(scored.model)
         scored.to("cpu")  # training wants the memory
     trainer.fit(method, data, ckpt_path=checkpoint_to_resume(cfg.resume, folder), weights_only=True)
 
@@ -74,11 +81,11 @@ def fit(cfg: DictConfig, folder: Path) -> None:
     best = callbacks["best"].best_model_path if "best" in callbacks else ""
     chosen = best or str(last)  # a run of no steps never asked which is best: it shows what a method changes at once
     if trainer.is_global_zero:
-        load_repair(scored, chosen)
-        scores["after"] = evaluate(scored.to(trainer.strategy.root_device), benchmarks)
-        step = torch.load(chosen, map_location="cpu", weights_only=True)["global_step"]
-        seconds = time.perf_counter() - started
-        facts = {"checkpoint": chosen, "step": step, "seed": cfg.seed, "seconds": seconds}
+        step = load_repair(scored, chosen)["global_step"]
+        scores["after"] = evaluate(scored.to(trainer.strategy.root_device), benchmarks, texts)
+        weights["after"] = weights_hash(scored.model)
+        facts |= recipe(cfg) | {"weights": weights, "precision": {"scores": "fp32", "training": cfg.trainer.precision}}
+        facts |= {"checkpoint": chosen, "step": step, "seed": cfg.seed, "seconds": time.perf_counter() - started}
         report.write(folder, scores, benchmarks, facts, loggers)
 
 
@@ -87,17 +94,20 @@ def score(cfg: DictConfig, folder: Path) -> None:
     started = time.perf_counter()
     import torch
 
-    from clipfix import report
+    from clipfix import provenance, report
+    from clipfix.backbone import weights_hash
     from clipfix.evals import evaluate
 
     backbone, benchmarks = build(cfg)
     if cfg.data.prepare:
         instantiate(cfg.data.prepare)()
-    if cfg.checkpoint:
-        load_repair(backbone, cfg.checkpoint)
+    repair = load_repair(backbone, cfg.checkpoint) if cfg.checkpoint else {}
     backbone.to("cuda" if torch.cuda.is_available() else "cpu")
     scores = {"score": evaluate(backbone, benchmarks)}
-    facts = {"checkpoint": cfg.checkpoint, "seed": cfg.seed, "seconds": time.perf_counter() - started}
+    facts = provenance.facts(backbone, benchmarks)
+    facts |= recipe(OmegaConf.create(repair["config_yaml"]) if repair else None)
+    facts |= {"weights": {"score": weights_hash(backbone.model)}, "precision": {"scores": "fp32"}}
+    facts |= {"checkpoint": cfg.checkpoint, "seed": cfg.seed, "seconds": time.perf_counter() - started}
     report.write(folder, scores, benchmarks, facts)
 
 
@@ -210,11 +220,33 @@ def selection(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     return {"selection": Selection(instantiate(cfg.eval.selection), metric), "best": best}
 
 
-def load_repair(backbone: Any, checkpoint: str) -> None:
-    """The backbone's trained weights from a checkpoint of `fit`, on top of those it was built with."""
+def recipe(trained: Any) -> dict[str, Any]:
+    """What a result file says of the config: the backbone, and how its weights were repaired, if they were."""
+    by = {"method": None, "control": None, "wise": None, "trained_with_seed": None}
+    if trained is not None:
+        by["method"] = trained.method._target_.split(".")[-2]  # the module, named as its yaml is
+        by |= {"control": trained.method.get("control"), "wise": trained.get("wise"), "trained_with_seed": trained.seed}
+    return {"backbone": HydraConfig.get().runtime.choices["backbone"], **by}
+
+
+def load_repair(backbone: Any, checkpoint: str) -> dict[str, Any]:
+    """The backbone's trained weights from a checkpoint of `fit`, on top of those it was built with; gives the file."""
+    import pickle
+
     import torch
 
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    if not Path(checkpoint).is_file():
+        raise ValueError(f"checkpoint={checkpoint} is not there: give the checkpoint of a run, outputs/.../best.ckpt.")
+    try:
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError):
+        saved = {}
+    state = saved.get("state_dict", {})
+    if not any(key.startswith("backbone.") for key in state):
+        raise ValueError(
+            f"checkpoint={checkpoint} is none of clipfix: give the weights of a whole model (DIVA's, Long-CLIP's, "
+            "OpenAI's, open_clip's) as backbone.pretrained=/path/to/file, a folder as backbone.name=/path/to/folder."
+        )
     prefix = "backbone."
     weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     positions = weights.get("model.text.positional_embedding")
@@ -226,6 +258,7 @@ def load_repair(backbone: Any, checkpoint: str) -> None:
         raise ValueError(f"{checkpoint} was trained on another backbone: {error}") from error
     if unexpected:
         raise ValueError(f"{checkpoint} was trained on another backbone: {unexpected[0]} is not in this one.")
+    return saved
 
 
 def checkpoint_to_resume(resume: str | None, folder: Path) -> str | None:

@@ -17,7 +17,7 @@ class Planted(Backbone):
     """Picture i is `images[i]`, a text is `texts[text]`; both pass an identity layer and dropout, as if it trained."""
 
     image_size = 8
-    context_length = 1
+    context_length = 248
 
     def __init__(self, images: Tensor, texts: dict[str, Tensor]) -> None:
         nn.Module.__init__(self)

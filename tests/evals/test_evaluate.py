@@ -83,6 +83,33 @@ def test_the_mode_comes_back_after_a_failure(backbone):
     assert backbone.training
 
 
+def test_texts_are_embedded_once_for_a_tower_that_stays(clip_folder, monkeypatch):
+    backbone, embedded = Backbone(clip_folder, "random"), []
+    encode = Backbone.encode_text
+    monkeypatch.setattr(
+        Backbone, "encode_text", lambda self, tokens: embedded.append(len(tokens)) or encode(self, tokens)
+    )
+
+    class Ask(Benchmark):
+        def score(self, features):
+            cut = features.texts(["a fish in the sea"], at_most=3)
+            whole = features.texts(["a fish in the sea", "a bird", "a fish in the sea"], at_most=99)
+            assert torch.equal(whole[0], whole[2])
+            assert not torch.allclose(whole[0], cut[0])
+            return {"sum": float(whole.sum())}
+
+    torch.nn.init.normal_(backbone.text.get_parameter("token_embedding.weight"))
+    texts = {}
+    first = evaluate(backbone, {"one": Ask(), "two": Ask()}, texts)
+    assert embedded == [1, 2]
+    backbone.visual.get_parameter("proj").data += 1
+    assert evaluate(backbone, {"one": Ask(), "two": Ask()}, texts) == first
+    assert embedded == [1, 2]
+    backbone.text.get_parameter("ln_final.weight").data[0] += 1
+    assert evaluate(backbone, {"one": Ask(), "two": Ask()}, texts) != first
+    assert embedded == [1, 2, 1, 2]
+
+
 def test_autocast_and_dropout_do_not_reach_the_features(backbone):
     plain = backbone.eval()
     with scoring(plain) as features:

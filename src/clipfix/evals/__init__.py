@@ -5,12 +5,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib.figure import Figure
 from rich.progress import track
 
 from clipfix.backbone import Backbone
-from clipfix.evals.embed import Features, scoring
+from clipfix.evals.embed import Features, TextCache, scoring
 from clipfix.evals.sets import Source
 
 
@@ -24,6 +25,10 @@ class Benchmark(ABC):
     @abstractmethod
     def score(self, features: Features) -> dict[str, float]:
         """Metrics by name, in percent, from the features of a backbone."""
+
+    def sources(self) -> dict[str, Any]:
+        """What it reads, by argument: `shards` is what it is scored on, another one what something is fitted on."""
+        return {name: value for name, value in vars(self).items() if name.endswith("shards")}
 
     def figure(self, columns: Sequence[str]) -> Figure | None:
         """Pictures that show what the last scorings answered, one column each; None where there is nothing to see."""
@@ -47,9 +52,14 @@ def present(benchmarks: Mapping[str, Benchmark]) -> dict[str, Benchmark]:
     return {name: benchmark for name, benchmark in benchmarks.items() if name not in missing}
 
 
-def evaluate(backbone: Backbone, benchmarks: Mapping[str, Benchmark]) -> dict[str, float]:
-    """`eval/<benchmark>/<metric>` of every benchmark, each shard set embedded once; the backbone is left untouched."""
-    with scoring(backbone) as features:
+def evaluate(
+    backbone: Backbone, benchmarks: Mapping[str, Benchmark], texts: TextCache | None = None
+) -> dict[str, float]:
+    """`eval/<benchmark>/<metric>` of every benchmark, each shard set embedded once; the backbone is left untouched.
+
+    `texts` holds the features of texts from one call to the next, for a text tower that did not change in between.
+    """
+    with scoring(backbone, texts) as features:
         return {
             f"eval/{name}/{metric}": value
             for name, benchmark in track(benchmarks.items(), "Scoring", len(benchmarks), transient=True)

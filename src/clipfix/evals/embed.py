@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from clipfix.backbone import Backbone
+from clipfix.backbone import Backbone, weights_hash
 from clipfix.data import samples, square
 from clipfix.evals.sets import Source
 from clipfix.functional.patches import take_patches
@@ -28,6 +28,7 @@ from clipfix.functional.patches import take_patches
 BATCH = 64  # a forward pass; memory depends on it, features do not
 
 Sample = dict[str, Any]  # key, txt and json of one sample; its picture is not kept
+TextCache = dict[tuple[str, int, str], Tensor]  # hash of the text tower, tokens at most, text -> its row, on the CPU
 Shards = str | Sequence[str] | Source  # what a benchmark reads: urls, or a published data set
 
 
@@ -126,8 +127,11 @@ def embed_texts(backbone: Backbone, texts: Sequence[str], at_most: int | None = 
 class Features:
     """The features of one backbone; what several benchmarks share, shards or picture files, is embedded once."""
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: Backbone, texts: TextCache | None = None) -> None:
         self.backbone = backbone
+        self._texts: TextCache = {} if texts is None else texts
+        # A cache of this backbone's own need not know whose texts it holds.
+        self._tower = "" if texts is None else weights_hash(backbone.text)
         self._seen: dict[tuple[tuple[str, ...] | Source, Local | None], tuple[Tensor, list[Sample]]] = {}
         self._files: dict[tuple[Path, Local | None], Tensor] = {}  # of sources, which may share pictures
 
@@ -150,8 +154,14 @@ class Features:
         return self._seen[where, local]
 
     def texts(self, texts: Sequence[str], at_most: int | None = None) -> Float[Tensor, "n d"]:
-        """One row per text, cut after `at_most` tokens if given."""
-        return embed_texts(self.backbone, texts, at_most)
+        """One row per text, cut after `at_most` tokens if given; a text that was asked before is not embedded again."""
+        cut = min(at_most or self.backbone.context_length, self.backbone.context_length)
+        new = [text for text in dict.fromkeys(texts) if (self._tower, cut, text) not in self._texts]
+        if new:
+            rows = embed_texts(self.backbone, new, cut).cpu()
+            self._texts |= {(self._tower, cut, text): row for text, row in zip(new, rows, strict=True)}
+        stacked = torch.stack([self._texts[self._tower, cut, text] for text in texts])
+        return stacked.to(next(self.backbone.parameters()).device)
 
     def _embed(self, stream: Iterator[Sample], local: Local | None) -> tuple[list[Tensor], list[Sample]]:
         """A row for each sample; a picture file that was embedded before is not opened again."""
@@ -198,7 +208,7 @@ def still(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def scoring(backbone: Backbone) -> Iterator[Features]:
+def scoring(backbone: Backbone, texts: TextCache | None = None) -> Iterator[Features]:
     """Features in fp32 from a still model: a run is bit-identical with and without the scores taken on its way.
 
     Precision settings come back as they were, like all that `still` minds.
@@ -215,4 +225,4 @@ def scoring(backbone: Backbone) -> Iterator[Features]:
         # Weights held in half precision are scored through an fp32 copy.
         if any(p.dtype != torch.float32 for p in weights):
             backbone = copy.deepcopy(backbone).float()
-        yield Features(backbone)
+        yield Features(backbone, texts)

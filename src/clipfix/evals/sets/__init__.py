@@ -33,6 +33,10 @@ class Source(ABC):
     def read(self) -> Iterator[dict[str, Any]]:
         """The samples in a fixed order; `image` is a PIL picture, or the path of its file, and `key` names it."""
 
+    def files(self) -> list[str]:
+        """All files that its samples lie in, in a fixed order: a result tells by their hash what was scored."""
+        return [str(file.resolve()) for path in self.needs() for file in inside(path)]
+
     @property
     def folder(self) -> Path:
         return Path(self.root).expanduser()
@@ -79,6 +83,11 @@ class Labelled(Source):
     @abstractmethod
     def templates(self) -> Sequence[str]:
         """The prompts of this data set; `{c}` is the class. Source: clip_benchmark, for all of them."""
+
+
+def inside(path: Path) -> list[Path]:
+    """The file, or every file of a folder, at any depth."""
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
 
 
 def caption_sample(picture: Path, *captions: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from clipfix.evals.sets import Labelled
+from clipfix.evals.sets import Labelled, inside
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,10 @@ class Named(Labelled):
 
     def needs(self) -> Sequence[Path]:
         return [self.folder / self.present]
+
+    def files(self) -> list[str]:
+        (told,) = self.needs()
+        return [str(file.resolve()) for file in inside(told if told.is_dir() else told.parent)]
 
     def read(self) -> Iterator[dict[str, Any]]:
         rows = iter(self._dataset) if self.name.startswith("wds/") else map(self._dataset.__getitem__, self._numbers())
