@@ -21,6 +21,7 @@ from clipfix.evals.foils import Foils
 from clipfix.evals.groups import Groups
 from clipfix.evals.sets import Labelled
 from clipfix.evals.sets.mmvp import SPELLINGS
+from clipfix.provenance import data_hash
 
 CONF = Path(__file__).parents[2] / "conf" / "eval"
 PUBLISHED = OmegaConf.load(CONF / "published.yaml").defaults[:-1]
@@ -88,6 +89,7 @@ def test_planted_answers(name, tmp_path):
     perfect = evaluate(planted(truth), there)
     reversed_ = evaluate(planted(truth, sign=-1), there)
     blind = evaluate(planted(truth, images=torch.ones(PICTURES, PICTURES)), there)
+    assert all(Path(file).is_file() for benchmark in there.values() for file in benchmark.shards.files())
     for benchmark, expected in BLIND[name].items():
         metrics = {key for key in perfect if key.startswith(f"eval/{benchmark}/") and not key.endswith("/ties")}
         assert metrics >= {f"eval/{benchmark}/{metric}" for metric in expected if metric != "ties"}
@@ -95,6 +97,18 @@ def test_planted_answers(name, tmp_path):
         assert {key: reversed_[key] for key in metrics} == dict.fromkeys(metrics, 0)
         assert {metric: blind[f"eval/{benchmark}/{metric}"] for metric in expected} == pytest.approx(expected)
         assert perfect.get(f"eval/{benchmark}/ties", 0) == reversed_.get(f"eval/{benchmark}/ties", 0) == 0
+
+
+@pytest.mark.parametrize("name", ["docci", "vtab"])
+def test_one_changed_picture_is_another_hash(name, tmp_path):
+    getattr(layouts, name)(tmp_path)
+    (benchmark, *_) = present(benchmarks(tmp_path, name)).values()
+    before = data_hash(benchmark.sources())
+    last = Path(benchmark.shards.files()[-1])
+    last.write_bytes(last.read_bytes() + b"\0")
+    after = data_hash(benchmark.sources())
+    assert before["files"] == after["files"] > 1
+    assert before["sha256"] != after["sha256"]
 
 
 @pytest.mark.parametrize("pictures", SPELLINGS)
