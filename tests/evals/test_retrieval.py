@@ -3,9 +3,10 @@ import torch
 from planted import Planted, write_shard
 from torch.nn.functional import normalize
 
-from clipfix.evals import retrieval
+from clipfix.evals import ranks as ranking
 from clipfix.evals.lengths import Lengths
-from clipfix.evals.retrieval import Retrieval, recall, without_shared_beginning
+from clipfix.evals.ranks import ranks
+from clipfix.evals.retrieval import Retrieval, both_ways, without_shared_beginning
 
 
 def random_features(seed, pictures=23, captions=3, dim=4):
@@ -15,34 +16,39 @@ def random_features(seed, pictures=23, captions=3, dim=4):
     return images, texts, torch.arange(pictures), torch.arange(pictures).repeat_interleave(captions)
 
 
-def slow_recall(queries, gallery, query_picture, gallery_picture, k):
-    """Sort everything, look at the first k."""
-    hits = 0
-    for query, picture in zip(queries, query_picture, strict=True):
-        order = sorted(range(len(gallery)), key=lambda i: -float(query @ gallery[i]))
-        hits += any(gallery_picture[i] == picture for i in order[:k])
-    return 100 * hits / len(queries)
+def slow_rank(query, gallery, picture, gallery_picture):
+    """Sort everything, look for the first match."""
+    order = sorted(range(len(gallery)), key=lambda i: -float(query @ gallery[i]))
+    return next(place for place, i in enumerate(order, 1) if gallery_picture[i] == picture)
 
 
-@pytest.mark.parametrize("k", [1, 5, 10])
-def test_recall_is_a_double_loop(k, monkeypatch):
-    monkeypatch.setattr(retrieval, "CHUNK", 7)
+def test_a_rank_is_a_place_in_the_sorted_list(monkeypatch):
+    monkeypatch.setattr(ranking, "CHUNK", 7)
     images, texts, picture, owner = random_features(0)
-    to_text = recall(images, texts, picture, owner, [1, 5, 10])[k]
-    to_image = recall(texts, images, owner, picture, [1, 5, 10])[k]
-    assert to_text == pytest.approx(slow_recall(images, texts, picture, owner, k))
-    assert to_image == pytest.approx(slow_recall(texts, images, owner, picture, k))
+    for query, found in ((images, texts), (texts, images)):
+        wanted, labels = (picture, owner) if query is images else (owner, picture)
+        expected = [slow_rank(row, found, label, labels) for row, label in zip(query, wanted, strict=True)]
+        assert ranks(query, found, wanted, labels).tolist() == expected
+        assert max(expected) > 10
+
+
+def test_among_equals_the_stored_order_counts():
+    alike = torch.ones(5, 3)
+    numbers = torch.arange(5)
+    assert ranks(alike, alike, numbers, numbers).tolist() == [1, 2, 3, 4, 5]
+    assert ranks(alike, alike, torch.tensor([3, 9]).repeat(3)[:5], torch.tensor([0, 3, 3, 0, 0]))[0] == 2
 
 
 def test_recall_is_clip_benchmarks():
     theirs = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval").recall_at_k
     images, texts, picture, owner = random_features(1)
     scores, positives = texts @ images.T, owner[:, None] == picture
+    ways = both_ways([str(i) for i in picture.tolist()], images, texts)
     for k in (1, 5, 10):
         to_image = 100 * (theirs(scores, positives, k) > 0).float().mean().item()
         to_text = 100 * (theirs(scores.T, positives.T, k) > 0).float().mean().item()
-        assert recall(texts, images, owner, picture, [k])[k] == pytest.approx(to_image)
-        assert recall(images, texts, picture, owner, [k])[k] == pytest.approx(to_text)
+        assert ways["text_to_image"].percent(k) == pytest.approx(to_image)
+        assert ways["image_to_text"].percent(k) == pytest.approx(to_text)
 
 
 def test_planted_ranks(tmp_path):
