@@ -17,7 +17,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.utils import get_class, instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, OmegaConfBaseException
 
 # Heavy libraries are imported inside the verbs: `--help`, `--cfg job` and a mistyped key must answer at once.
@@ -78,7 +78,7 @@ def fit(cfg: DictConfig, folder: Path) -> None:
         step = torch.load(chosen, map_location="cpu", weights_only=True)["global_step"]
         seconds = time.perf_counter() - started
         facts = {"checkpoint": chosen, "step": step, "seed": cfg.seed, "seconds": seconds}
-        report.write(folder, scores, benchmarks, facts, loggers)
+        report.write(folder, scores, benchmarks, facts | {"recipe": recipe(cfg)} | asked(cfg), loggers)
 
 
 def score(cfg: DictConfig, folder: Path) -> None:
@@ -97,7 +97,21 @@ def score(cfg: DictConfig, folder: Path) -> None:
     backbone.to("cuda" if torch.cuda.is_available() else "cpu")
     scores = {"score": evaluate(backbone, benchmarks)}
     facts = {"checkpoint": cfg.checkpoint, "seed": cfg.seed, "seconds": time.perf_counter() - started}
-    report.write(folder, scores, benchmarks, facts)
+    report.write(folder, scores, benchmarks, facts | asked(cfg))
+
+
+def compare(cfg: DictConfig, folder: Path) -> None:
+    """Results of earlier runs side by side: a table, pictures and report.html. No model is loaded."""
+    from clipfix.compare import compare
+
+    published = OmegaConf.to_container(OmegaConf.load(CONF / "published.yaml"))
+    pictures = compare(folder, cfg.seed, published, **cfg.compare)
+    if cfg.logger.get("wandb"):  # Lightning and W&B take seconds to import: after the table is read
+        from clipfix import report
+
+        logger = instantiate(cfg.logger.wandb, name="compare", group="compare")
+        for path in pictures:
+            report.show(f"compare/{path.stem}", path, [logger])
 
 
 def prepare(cfg: DictConfig, folder: Path) -> None:
@@ -145,6 +159,7 @@ VERBS = {
     "thresholds": (thresholds, ("data", "method", "backbone")),
     "annotate": (annotate, ("trainer", "data", "annotator", "diffusion", "backbone")),
     "prepare": (prepare, ()),  # not even data: its urls may still be open
+    "compare": (compare, ("compare",)),
 }
 
 
@@ -206,6 +221,29 @@ def selection(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     return {"selection": Selection(instantiate(cfg.eval.selection), metric), "best": best}
 
 
+def recipe(cfg: DictConfig) -> dict[str, Any]:
+    """What trained, by which `run=compare` tells groups apart: the same for every seed and on every machine."""
+    elsewhere = ("seed", "root", "processes", "_target_", "_convert_", "_partial_")
+    data = {key: cfg.data[key] for key in ("batch_size", "texts", "prepare")}
+    return portable({"method": cfg.method, "data": data, "wise": cfg.wise}, elsewhere)
+
+
+def asked(cfg: DictConfig) -> dict[str, Any]:
+    """How the benchmarks asked: `run=compare` refuses to set one scoring against another that asked otherwise."""
+    return {"benchmarks": portable(cfg.eval.benchmarks)}
+
+
+def portable(node: Any, leave_out: tuple[str, ...] = ()) -> Any:
+    """Resolved config without some keys, and with paths inside the package as they are on every machine."""
+    if isinstance(node, DictConfig | ListConfig):
+        node = OmegaConf.to_container(node, resolve=True)
+    if isinstance(node, dict):
+        return {key: portable(value, leave_out) for key, value in node.items() if key not in leave_out}
+    if isinstance(node, list):
+        return [portable(value, leave_out) for value in node]
+    return node.replace(str(PACKAGE), PACKAGE.name) if isinstance(node, str) else node
+
+
 def load_repair(backbone: Any, checkpoint: str) -> None:
     """The backbone's trained weights from a checkpoint of `fit`, on top of those it was built with."""
     import torch
@@ -236,8 +274,10 @@ def checkpoint_to_resume(resume: str | None, folder: Path) -> str | None:
 # -- what yaml may ask for ---------------------------------------------------------------------------------------------
 
 
-def run_folder(name: str, resume: str | None) -> str:
+def run_folder(verb: str, name: str, resume: str | None) -> str:
     """A new folder under outputs/<name>, or the newest one that has a checkpoint when resume=auto."""
+    if verb == "compare":
+        name = verb  # of several methods and backbones
     started = sorted(Path("outputs", name).glob("*/checkpoints/last.ckpt"))
     if resume == "auto" and started:
         return str(started[-1].parents[1])
@@ -294,6 +334,7 @@ def unset(node: Any, path: str = "") -> Iterator[str]:
 
 def main() -> None:
     """The command: one readable line for the user's mistakes, a traceback for ours."""
+    sys.argv[1:] = named(sys.argv[1:])
     verbose = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then hands errors on instead of printing them its own way
     try:
@@ -302,6 +343,17 @@ def main() -> None:
         if verbose:
             raise
         sys.exit(f"clipfix: {explain(error)}\n(HYDRA_FULL_ERROR=1 shows where this was raised)")
+
+
+def named(words: list[str]) -> list[str]:
+    """`run=compare a.json b.json` in the words that hydra knows: compare.results=[a.json, b.json]."""
+    if "run=compare" not in words:
+        return words
+    files = [word for word in words if not word.startswith("-") and ("=" not in word or Path(word).exists())]
+    if not files:
+        return words
+    quoted = ",".join("'" + file.replace("\\", "\\\\").replace("'", "\\'") + "'" for file in files)
+    return [word for word in words if word not in files] + [f"compare.results=[{quoted}]"]
 
 
 def explain(error: BaseException) -> str:
