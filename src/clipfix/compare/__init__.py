@@ -34,7 +34,7 @@ def compare(
     notes = refuse(found)
     groups = group(found)
     summary = rows(groups, published, resamples, coverage, seed)
-    console = Console()
+    console = Console() if Console().is_terminal else Console(width=160)  # a log has room
     console.print(table(groups, summary, coverage))
     for note in notes:
         console.print(f"Not checked or not known. {note}", style="yellow", highlight=False)

@@ -90,7 +90,7 @@ def radar(groups: Sequence[Group]) -> Figure | None:
         axis.fill_between(angles, low, high, color=colour, alpha=0.22, linewidth=0)
         axis.plot(angles, closed(mean), color=colour, marker=marker, markersize=4, linewidth=1.8, label=label(group))
     axis.set_xticks(angles[:-1], list(PATTERNS.values()), fontsize=10, color=INK)
-    axis.tick_params(axis="x", pad=8)
+    axis.tick_params(axis="x", pad=11)
     axis.set_ylim(0, 100)
     axis.set_yticks([25, 50, 75, 100], ["25", "50", "75", ""], fontsize=8, color="#5b6472")
     axis.set_rlabel_position(20)  # type: ignore[attr-defined]
@@ -109,8 +109,8 @@ def forgetting(groups: Sequence[Group], gain: str, kept: str) -> Figure | None:
         return None
     figure = Figure(figsize=(5, 4), layout="constrained")
     axis = figure.subplots()
-    axis.axhline(0, color="#9aa3b0", linewidth=0.8, zorder=0)
-    axis.axvline(0, color="#9aa3b0", linewidth=0.8, zorder=0)
+    axis.axhline(0, color="#9aa3b0", linewidth=1, zorder=1)
+    axis.axvline(0, color="#9aa3b0", linewidth=1, zorder=1)
     for i, group in enumerate(groups):
         colour, marker = style(i)
         points = np.array(

@@ -15,7 +15,7 @@ from clipfix import __version__
 from clipfix.compare.examples import Case
 from clipfix.compare.figures import style
 from clipfix.compare.results import Group, Result
-from clipfix.compare.rows import Cell, Row, number
+from clipfix.compare.rows import Cell, Row, number, one_start
 
 CAPTIONS = {
     "radar": (
@@ -32,6 +32,7 @@ CAPTIONS = {
     ),
 }
 IDENTITY = ("model", "weights", "method", "backbone", "control", "commit", "seed", "checkpoint", "step", "seconds")
+FEW = 4  # metrics that stand for a benchmark without a mean; more, like a curve over lengths, are drawn
 HASHES = ("weights", "commit")  # shown short, whole in the title
 
 
@@ -63,6 +64,7 @@ def write(
         sections=sections(rows),
         main=main,
         changed=all(result.before is not None for result in results),
+        together=one_start(rows),
         published=any(row.published for row in rows),
         bar=lambda cell, among: bar(cell, reach(among)),
         number=number,
@@ -85,10 +87,12 @@ def write(
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
-    """The mean of each benchmark, or all of a benchmark's few metrics."""
-    by_benchmark = sections(rows)
-    means = {name: [row for row in several if row.metric == "mean"] for name, several in by_benchmark.items()}
-    return [row for name, several in by_benchmark.items() for row in (means[name] or several) if row.metric != "ties"]
+    """The mean of each benchmark, or all metrics of one that has but a few."""
+    found = []
+    for several in sections(rows).values():
+        means = [row for row in several if row.metric == "mean"]
+        found += means or (several if len(several) <= FEW else [])
+    return found
 
 
 def sections(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -108,12 +112,12 @@ def bar(cell: Cell, half: float) -> Markup:
     """A dot for the mean, a line for the interval, a tick at zero."""
 
     def x(value: float) -> float:
-        return 60 + 55 * value / half
+        return 42 + 38 * value / half
 
     low, high = cell.interval or (cell.mean, cell.mean)
     return Markup(
-        '<svg class="bar{}" viewBox="0 0 120 14" width="120" height="14" aria-hidden="true">'
-        '<line class="zero" x1="60" x2="60" y1="0" y2="14"/>'
+        '<svg class="bar{}" viewBox="0 0 84 14" width="84" height="14" aria-hidden="true">'
+        '<line class="zero" x1="42" x2="42" y1="0" y2="14"/>'
         '<line class="range" x1="{:.1f}" x2="{:.1f}" y1="7" y2="7"/><circle cx="{:.1f}" cy="7" r="3.5"/></svg>'
     ).format(" sure" if cell.sure else "", x(low), x(high), x(cell.mean))
 

@@ -175,6 +175,16 @@ def told(
     return [Published(*one) for one in found]
 
 
+def one_start(found: Sequence[Row]) -> bool:
+    """Whether all groups began at the same scores, so that one column has them."""
+    return all(
+        abs(one.before - row.cells[0].before) < 0.05
+        for row in found
+        for one in row.cells
+        if one and one.before is not None and row.cells[0] and row.cells[0].before is not None
+    )
+
+
 def table(groups: Sequence[Group], found: Sequence[Row], coverage: float) -> Table:
     """As the terminal shows it: benchmarks as sections, metrics as rows."""
     changed = found[0].cells and any(one and one.signed for row in found for one in row.cells)
@@ -182,15 +192,16 @@ def table(groups: Sequence[Group], found: Sequence[Row], coverage: float) -> Tab
     shown.add_column("benchmark")
     shown.add_column("metric")
     what = "change" if changed else "score"
-    for group in groups:
-        if changed:
-            shown.add_column(f"{group.name}\nbefore", justify="right")
+    together = one_start(found)
+    for i, group in enumerate(groups):
+        if changed and not (together and i):
+            shown.add_column("before" if together else f"{group.name}, before", justify="right")
         amount = f"{len(group.results)} seeds" if len(group.results) > 1 else "1 seed"
-        shown.add_column(f"{group.name}, {amount}\n{what} ± sd", justify="right")
-        shown.add_column(f"\n{coverage:.0%} interval", justify="right")
+        shown.add_column(f"{group.name}, {amount}: {what} ± sd", justify="right")
+        shown.add_column(f"{coverage:.0%} interval", justify="right", no_wrap=True)
     if len(groups) == 2:
-        shown.add_column("difference\n(second - first)", justify="right")
-        shown.add_column(f"\n{coverage:.0%} interval", justify="right")
+        shown.add_column("difference, second - first", justify="right")
+        shown.add_column(f"{coverage:.0%} interval", justify="right", no_wrap=True)
     published = any(row.published for row in found)
     if published:
         shown.add_column("published")
@@ -199,9 +210,10 @@ def table(groups: Sequence[Group], found: Sequence[Row], coverage: float) -> Tab
         if last not in (None, row.benchmark):
             shown.add_section()
         texts = []
-        for one in row.cells:
-            before = "" if one is None or one.before is None else f"{one.before:.1f}"
-            texts += ([before] if changed else []) + (["", ""] if one is None else [str(one), one.bounds])
+        for i, one in enumerate(row.cells):
+            if changed and not (together and i):
+                texts.append("" if one is None or one.before is None else f"{one.before:.1f}")
+            texts += ["", ""] if one is None else [str(one), one.bounds]
         if len(groups) == 2:
             texts += ["", ""] if row.difference is None else [str(row.difference), row.difference.bounds]
         if published:
