@@ -78,7 +78,7 @@ def fit(cfg: DictConfig, folder: Path) -> None:
         step = torch.load(chosen, map_location="cpu", weights_only=True)["global_step"]
         seconds = time.perf_counter() - started
         facts = {"checkpoint": chosen, "step": step, "seed": cfg.seed, "seconds": seconds}
-        report.write(folder, scores, benchmarks, facts | {"recipe": recipe(cfg)} | asked(cfg), loggers)
+        report.write(folder, scores, benchmarks, facts | made(cfg) | asked(cfg), loggers)
 
 
 def score(cfg: DictConfig, folder: Path) -> None:
@@ -221,11 +221,11 @@ def selection(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     return {"selection": Selection(instantiate(cfg.eval.selection), metric), "best": best}
 
 
-def recipe(cfg: DictConfig) -> dict[str, Any]:
+def made(cfg: DictConfig) -> dict[str, Any]:
     """What trained, by which `run=compare` tells groups apart: the same for every seed and on every machine."""
     elsewhere = ("seed", "root", "processes", "_target_", "_convert_", "_partial_")
     data = {key: cfg.data[key] for key in ("batch_size", "texts", "prepare")}
-    return portable({"method": cfg.method, "data": data, "wise": cfg.wise}, elsewhere)
+    return {"recipe": portable({"method": cfg.method, "data": data, "wise": cfg.wise}, elsewhere)}
 
 
 def asked(cfg: DictConfig) -> dict[str, Any]:

@@ -78,7 +78,8 @@ def test_it_is_one_file_with_the_numbers_of_the_files(folder):
     assert told[1].startswith(f"{mean:+.1f} ± ")
     assert len(told) == 1 + 2 * 2 + 2 + 1
     assert "&lt;DIVA&gt; <b>25.9</b>" in page
-    assert "0123456789" in page  # the commit
+    assert ">0123456789 dirty<" in page  # the commit
+    assert ">fedcba9876 ba98765432<" in page  # the weights, before and after
     assert "aa11" in page  # the data's hash
 
 

@@ -58,7 +58,7 @@ def test_one_run_twice_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data": {"pairs": "aa11", "retrieval_long": "bb22"}}, r"retrieval_long was scored on other .*bb22.*aa11"),
+        ({"data": {"retrieval_long": {"files": 2, "sha256": "bb22"}}}, r"retrieval_long was scored .*bb22.*aa11"),
         ({"benchmarks": SETTINGS | {"pairs": SETTINGS["pairs"] | {"prefix": "a "}}}, r"pairs asks .*prefix: a \)"),
         ({"benchmarks": SETTINGS | {"retrieval_long": {"text": {"key": "txt", "pick": "one"}}}}, r"text\.key: txt"),
     ],

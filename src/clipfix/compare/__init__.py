@@ -53,6 +53,8 @@ def compare(
     cases, missed = changed(groups, examples)
     if cases:
         drawn["examples"] = picture(cases)
+    for note in missed:
+        console.print(note, style="yellow", highlight=False)
     paths = []
     for name, figure in drawn.items():
         if figure is not None:

@@ -48,16 +48,17 @@ def changed(groups: Sequence[Group], amount: int) -> tuple[list[Case], list[str]
     half = -(-amount // 2)
     wanted = [i for i in order[:half] if factors[i] < 0] + [i for i in order[::-1][: amount - half] if factors[i] > 0]
     asked = (groups[0].fact("benchmarks") or {}).get(benchmark) or {}
-    if not asked.get("shards"):
+    if not isinstance(asked.get("shards"), str | list):
         return [], [f"No examples: {benchmark} does not say which shards its pictures lie in."]
     try:
         samples = fetch(asked, {str(items[i]) for i in wanted})
     except ValueError as error:
         return [], [f"No examples, as the pictures of {benchmark} cannot be read: {error}"]
+    if absent := {str(items[i]) for i in wanted} - samples.keys():
+        return [], [f"No examples: {asked['shards']} no longer holds {', '.join(sorted(absent))} of {benchmark}."]
     cases = []
     for i in wanted:
-        if (sample := samples.get(str(items[i]))) is None:
-            continue
+        sample = samples[str(items[i])]
         ranks = {group.name: round(float(one[i])) for group, one in zip(groups, after, strict=True)}
         better = bool(factors[i] < 0)
         cases.append(Case(sample["image"], sample["texts"], round(float(before[i])), ranks, benchmark, better))

@@ -76,7 +76,7 @@ def write(
         gain=gain,
         kept=kept,
         provenance=provenance(groups),
-        data=shared(results, "data"),
+        data=hashes(results),
         versions=shared(results, "versions"),
         now=datetime.now().strftime("%Y-%m-%d %H:%M"),
         version=__version__,
@@ -146,10 +146,26 @@ def provenance(groups: Sequence[Group]) -> dict[str, Any]:
         values = []
         for key in told:
             value = result.facts.get(key)
-            whole = absent.get(key, "unknown") if value is None else f"{value:.0f}" if key == "seconds" else str(value)
-            values.append((whole[:10] if key in HASHES else whole, whole))
+            whole = (
+                absent.get(key, "unknown") if value is None else f"{value:.0f}" if key == "seconds" else words(value)
+            )
+            values.append((" ".join(word[:10] for word in whole.split()) if key in HASHES else whole, whole))
         lines.append((group.name, str(result.path), values))
     return {"columns": told, "rows": lines, "missing": [key for key in ("weights", "commit") if key not in told]}
+
+
+def words(value: Any) -> str:
+    """A fact in a line; of one with parts (weights before and after; a commit, dirty or not) what they say."""
+    if not isinstance(value, Mapping):
+        return str(value)
+    return " ".join(name if part is True else str(part) for name, part in value.items() if part not in (None, False))
+
+
+def hashes(results: Sequence[Result]) -> Mapping[str, list[str]]:
+    """What tells the data of each benchmark."""
+    names = dict.fromkeys(name.split("/", 1)[0] for result in results for name in result.after)
+    found = {name: list(dict.fromkeys(filter(None, (result.data(name) for result in results)))) for name in names}
+    return {name: [value[:16] for value in values] for name, values in found.items() if values}
 
 
 def shared(results: Sequence[Result], key: str) -> Mapping[str, list[str]]:

@@ -14,13 +14,8 @@ from clipfix import outcomes
 from clipfix.outcomes import Outcomes
 
 UNKNOWN = "unknown"
-WHERE = (
-    "shards",
-    "fit_shards",
-    "root",
-    "folder",
-    "allow_pipe",
-)  # of a benchmark: where its data lie, not what they are
+# Of a benchmark's settings: where its data lie, not what they are.
+WHERE = ("shards", "fit_shards", "root", "fetch", "allow_pipe")
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +33,19 @@ class Result:
         """What a run changed; of a run that only scored, the score itself."""
         return self.after[name] - (self.before[name] if self.before else 0.0)
 
+    @property
+    def seed(self) -> Any:
+        """Of the training; a run that only scores may have another."""
+        trained = self.facts.get("trained_with_seed")
+        return self.facts.get("seed") if trained is None else trained
+
+    def data(self, benchmark: str) -> str | None:
+        """What tells the data of a benchmark from others: a hash of the files, or the urls they came from."""
+        found = (self.facts.get("data") or {}).get(benchmark)
+        if isinstance(found, Mapping):
+            found = found.get("sha256") or " ".join(found.get("urls") or [])
+        return found or None
+
     def metrics(self, benchmark: str) -> list[str]:
         return [name.split("/", 1)[1] for name in self.after if name.split("/", 1)[0] == benchmark]
 
@@ -51,7 +59,7 @@ class Group:
 
     @property
     def seeds(self) -> list[Any]:
-        return [result.facts.get("seed") for result in self.results]
+        return [result.seed for result in self.results]
 
     def fact(self, key: str) -> Any:
         """Of the run's identity: the same for all of its seeds."""
@@ -116,13 +124,13 @@ def refuse(results: Sequence[Result]) -> list[str]:
     for benchmark in dict.fromkeys(name.split("/", 1)[0] for result in results for name in result.after):
         holders = [result for result in results if result.metrics(benchmark)]
         for one, other in combinations(holders, 2):
-            mine, theirs = ((each.facts.get("data") or {}).get(benchmark) for each in (one, other))
-            if mine and theirs and mine != theirs:
+            here, there = one.data(benchmark), other.data(benchmark)
+            if here and there and here != there:
                 raise ValueError(
-                    f"{benchmark} was scored on other data in {other.path} ({str(theirs)[:12]}) than in {one.path} "
-                    f"({str(mine)[:12]}): score both on the same split."
+                    f"{benchmark} was scored on other data in {other.path} ({there[:12]}) than in {one.path} "
+                    f"({here[:12]}): score both on the same split."
                 )
-            mine, theirs = (settings(each, benchmark) for each in (one, other))
+            mine, theirs = settings(one, benchmark), settings(other, benchmark)
             if mine is None or theirs is None:
                 continue
             if differing := [key for key in mine | theirs if mine.get(key) != theirs.get(key)]:
@@ -139,7 +147,7 @@ def refuse(results: Sequence[Result]) -> list[str]:
                     "score both on the same split."
                 )
         for what, known in (
-            ("data hash", [(each.facts.get("data") or {}).get(benchmark) for each in holders]),
+            ("data hash", [each.data(benchmark) for each in holders]),
             ("settings", [settings(each, benchmark) for each in holders]),
             ("outcomes", [each.outcomes_after.get(benchmark) for each in holders]),
         ):
@@ -193,14 +201,13 @@ def group(results: Sequence[Result]) -> list[Group]:
         ]
         for recipe, members in zip(told, recipes.values(), strict=True):
             also = [f"{key.removeprefix('method.')}={recipe.get(key)}" for key in differing]
-            seeded = sorted(members, key=lambda result: str(result.facts.get("seed")).rjust(9))
+            seeded = sorted(members, key=lambda result: str(result.seed).rjust(9))
             groups.append(Group(", ".join([*words, *also]), seeded))
     for one in groups:
         for first, second in combinations(one.results, 2):
-            if first.facts.get("seed") == second.facts.get("seed"):
+            if first.seed == second.seed:
                 raise ValueError(
-                    f"{first.path} and {second.path} are both seed {first.facts.get('seed')} of {one.name}: "
-                    "leave one out."
+                    f"{first.path} and {second.path} are both seed {first.seed} of {one.name}: leave one out."
                 )
     return sorted(groups, key=lambda one: min(results.index(result) for result in one.results))
 

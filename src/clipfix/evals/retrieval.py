@@ -22,14 +22,20 @@ from clipfix.outcomes import Outcome, Outcomes
 SHOWN = 12  # pictures in the figure
 
 
-def both_ways(keys: Sequence[str], images: Float[Tensor, "n d"], texts: Float[Tensor, "m d"]) -> Outcomes:
-    """Ranks of texts by image and of images by text; each image has as many texts, side by side, and a key.
+def both_ways(
+    keys: Sequence[str],
+    images: Float[Tensor, "n d"],
+    texts: Float[Tensor, "m d"],
+    counts: Sequence[int] | None = None,
+) -> Outcomes:
+    """Ranks of texts by image and of images by text; each image's texts are side by side, as many or `counts`.
 
     With several captions a picture, any one of them is a hit. Pictures with the very same caption are rivals all the
     same, so junk captions keep recall below 100. Source: clip_benchmark, `zeroshot_retrieval`.
     """
     picture = torch.arange(len(images), device=images.device)
-    owner = picture.repeat_interleave(len(texts) // len(images))
+    each = len(texts) // len(images) if counts is None else torch.tensor(counts, device=images.device)
+    owner = picture.repeat_interleave(each)
     names = np.array(keys)
     return {
         "image_to_text": Outcome(names, ranks(images, texts, picture, owner).cpu().numpy()),
@@ -58,7 +64,7 @@ class Retrieval(Benchmark):
         texts = features.texts(flat)
         nearest = (images[:SHOWN] @ texts.T).argmax(dim=1).tolist()
         self.found.append([(flat[text], flat[text] in captions[i]) for i, text in enumerate(nearest)])
-        ways = both_ways([sample["key"] for sample in kept], images, texts)
+        ways = both_ways([sample["key"] for sample in kept], images, texts, [len(several) for several in captions])
         self.outcomes.append(ways)
         scores = {f"{way}_R@{k}": outcome.percent(k) for way, outcome in ways.items() for k in self.recall_at}
         return {"mean": fmean(scores.values()), **scores}
