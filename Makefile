@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check pins clean
+.PHONY: help install run test check tables pins clean
 
 help:  ## list these targets
 	@grep -E '^[a-z_]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,9 @@ check: install  ## formatting, lint, types and import contracts
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+tables: install  ## README's tables from benchmarks/results
+	$(BIN)/python benchmarks/tables.py
 
 pins: install  ## move constraints.txt to the newest versions that fit together
 	$(BIN)/uv pip compile --quiet --universal --upgrade --all-extras --no-emit-index-url --no-annotate --no-header \

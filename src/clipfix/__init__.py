@@ -6,6 +6,7 @@ shards.py, data.py  shards to batches;  annotate/  shards to richer shards;  sce
 methods/      one paper, one file;  functional/  their formulas
 trained.py    which weights train, adapters (LoRA) among them;  wise.py  their mean with the original ones
 evals/        benchmarks: a backbone in, named scores out;  report.py  tables and pictures
+compare/      runs side by side, from results.json and outcomes.py's record of every item
 mining/       mined positives for a person to judge
 """
 

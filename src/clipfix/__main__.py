@@ -17,7 +17,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.utils import get_class, instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, OmegaConfBaseException
 
 # Heavy libraries are imported inside the verbs: `--help`, `--cfg job` and a mistyped key must answer at once.
@@ -84,7 +84,8 @@ def fit(cfg: DictConfig, folder: Path) -> None:
         step = load_repair(scored, chosen)["global_step"]
         scores["after"] = evaluate(scored.to(trainer.strategy.root_device), benchmarks, texts)
         weights["after"] = weights_hash(scored.model)
-        facts |= recipe(cfg) | {"weights": weights, "precision": {"scores": "fp32", "training": cfg.trainer.precision}}
+        facts |= origin(cfg) | asked(cfg)
+        facts |= {"weights": weights, "precision": {"scores": "fp32", "training": cfg.trainer.precision}}
         facts |= {"checkpoint": chosen, "step": step, "seed": cfg.seed, "seconds": time.perf_counter() - started}
         report.write(folder, scores, benchmarks, facts, loggers)
 
@@ -105,10 +106,24 @@ def score(cfg: DictConfig, folder: Path) -> None:
     backbone.to("cuda" if torch.cuda.is_available() else "cpu")
     scores = {"score": evaluate(backbone, benchmarks)}
     facts = provenance.facts(backbone, benchmarks)
-    facts |= recipe(OmegaConf.create(repair["config_yaml"]) if repair else None)
+    facts |= origin(OmegaConf.create(repair["config_yaml"]) if repair else None) | asked(cfg)
     facts |= {"weights": {"score": weights_hash(backbone.model)}, "precision": {"scores": "fp32"}}
     facts |= {"checkpoint": cfg.checkpoint, "seed": cfg.seed, "seconds": time.perf_counter() - started}
     report.write(folder, scores, benchmarks, facts)
+
+
+def compare(cfg: DictConfig, folder: Path) -> None:
+    """Results of earlier runs side by side: a table, pictures and report.html. No model is loaded."""
+    from clipfix.compare import compare
+
+    published = OmegaConf.to_container(OmegaConf.load(CONF / "published.yaml"))
+    pictures = compare(folder, cfg.seed, published, **cfg.compare)
+    if cfg.logger.get("wandb"):  # Lightning and W&B take seconds to import: after the table is read
+        from clipfix import report
+
+        logger = instantiate(cfg.logger.wandb, name="compare", group="compare")
+        for path in pictures:
+            report.show(f"compare/{path.stem}", path, [logger])
 
 
 def prepare(cfg: DictConfig, folder: Path) -> None:
@@ -156,6 +171,7 @@ VERBS = {
     "thresholds": (thresholds, ("data", "method", "backbone")),
     "annotate": (annotate, ("trainer", "data", "annotator", "diffusion", "backbone")),
     "prepare": (prepare, ()),  # not even data: its urls may still be open
+    "compare": (compare, ("compare",)),
 }
 
 
@@ -220,13 +236,35 @@ def selection(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     return {"selection": Selection(instantiate(cfg.eval.selection), metric), "best": best}
 
 
-def recipe(trained: Any) -> dict[str, Any]:
-    """What a result file says of the config: the backbone, and how its weights were repaired, if they were."""
-    by = {"method": None, "control": None, "wise": None, "trained_with_seed": None}
+def origin(trained: DictConfig | None) -> dict[str, Any]:
+    """What a result file says of the config: the backbone, and how its weights were repaired, if they were.
+
+    By its `recipe`, the same for every seed and on every machine, `run=compare` tells groups apart.
+    """
+    by: dict[str, Any] = {"method": None, "control": None, "wise": None, "trained_with_seed": None, "recipe": None}
     if trained is not None:
         by["method"] = trained.method._target_.split(".")[-2]  # the module, named as its yaml is
         by |= {"control": trained.method.get("control"), "wise": trained.get("wise"), "trained_with_seed": trained.seed}
+        elsewhere = ("seed", "root", "processes", "_target_", "_convert_", "_partial_")
+        data = {key: trained.data[key] for key in ("batch_size", "texts", "prepare")}
+        by["recipe"] = portable({"method": trained.method, "data": data, "wise": trained.get("wise")}, elsewhere)
     return {"backbone": HydraConfig.get().runtime.choices["backbone"], **by}
+
+
+def asked(cfg: DictConfig) -> dict[str, Any]:
+    """How the benchmarks asked: `run=compare` refuses to set one scoring against another that asked otherwise."""
+    return {"benchmarks": portable(cfg.eval.benchmarks)}
+
+
+def portable(node: Any, leave_out: tuple[str, ...] = ()) -> Any:
+    """Resolved config without some keys, and with paths inside the package as they are on every machine."""
+    if isinstance(node, DictConfig | ListConfig):
+        node = OmegaConf.to_container(node, resolve=True)
+    if isinstance(node, dict):
+        return {key: portable(value, leave_out) for key, value in node.items() if key not in leave_out}
+    if isinstance(node, list):
+        return [portable(value, leave_out) for value in node]
+    return node.replace(str(PACKAGE), PACKAGE.name) if isinstance(node, str) else node
 
 
 def load_repair(backbone: Any, checkpoint: str) -> dict[str, Any]:
@@ -273,8 +311,10 @@ def checkpoint_to_resume(resume: str | None, folder: Path) -> str | None:
 # -- what yaml may ask for ---------------------------------------------------------------------------------------------
 
 
-def run_folder(name: str, resume: str | None) -> str:
+def run_folder(verb: str, name: str, resume: str | None) -> str:
     """A new folder under outputs/<name>, or the newest one that has a checkpoint when resume=auto."""
+    if verb == "compare":
+        name = verb  # of several methods and backbones
     started = sorted(Path("outputs", name).glob("*/checkpoints/last.ckpt"))
     if resume == "auto" and started:
         return str(started[-1].parents[1])
@@ -331,6 +371,7 @@ def unset(node: Any, path: str = "") -> Iterator[str]:
 
 def main() -> None:
     """The command: one readable line for the user's mistakes, a traceback for ours."""
+    sys.argv[1:] = named(sys.argv[1:])
     verbose = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then hands errors on instead of printing them its own way
     try:
@@ -339,6 +380,17 @@ def main() -> None:
         if verbose:
             raise
         sys.exit(f"clipfix: {explain(error)}\n(HYDRA_FULL_ERROR=1 shows where this was raised)")
+
+
+def named(words: list[str]) -> list[str]:
+    """`run=compare a.json b.json` in the words that hydra knows: compare.results=[a.json, b.json]."""
+    if "run=compare" not in words:
+        return words
+    files = [word for word in words if not word.startswith("-") and ("=" not in word or Path(word).exists())]
+    if not files:
+        return words
+    quoted = ",".join("'" + file.replace("\\", "\\\\").replace("'", "\\'") + "'" for file in files)
+    return [word for word in words if word not in files] + [f"compare.results=[{quoted}]"]
 
 
 def explain(error: BaseException) -> str:

@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from clipfix.callbacks import peak_memory_gb
+from clipfix.colours import AFTER, BEFORE
 from clipfix.evals import Benchmark
-from clipfix.evals.gallery import AFTER, BEFORE
+from clipfix.outcomes import save as save_outcomes
 
 Scores = dict[str, float]
 DRAWN = ("train", "val", "denoising", "drift", "positives", "selection", "perf")  # of what is logged, in this order
@@ -27,9 +28,14 @@ def write(
     facts: dict[str, Any],
     loggers: Sequence[Logger] = (),
 ) -> None:
-    """Table, results.json and pictures of the scores taken (`before`, `after`), in the run folder and every logger."""
+    """Table, results.json and pictures of the scores taken (`before`, `after`), in the run folder and every logger.
+
+    outcomes.npz beside results.json has what every item got; `run=compare` reads it.
+    """
     facts = {**facts, "peak_memory_gb": round(peak_memory_gb(), 2)}
     (folder / "results.json").write_text(json.dumps({**facts, "scores": scores}, indent=2) + "\n")
+    recorded = {name: benchmark.outcomes[-len(scores) :] for name, benchmark in benchmarks.items()}
+    save_outcomes(folder, list(scores), {name: scorings for name, scorings in recorded.items() if scorings})
     figures = {"scores": bars(scores), "curves": curves(join_metrics(folder))}
     figures |= {name: benchmark.figure(list(scores)) for name, benchmark in benchmarks.items()}
     pictures = {name: save(figure, folder / f"{name}.png") for name, figure in figures.items() if figure}

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 from omegaconf import OmegaConf
 from planted import Planted, write_shard
 
-from clipfix import scenes
+from clipfix import outcomes, scenes
 from clipfix.backbone import Backbone
 from clipfix.evals import Benchmark, evaluate
 from clipfix.evals.embed import embed_texts, scoring
@@ -271,11 +271,21 @@ def test_the_drawn_world_is_scored_on_every_factor_and_pattern(tmp_path, clip_fo
         popular=0,
     )
     cfg = OmegaConf.create({"eval": OmegaConf.load(CONF / "scenes.yaml"), "data": {"prepare": {"root": str(root)}}})
-    scores = evaluate(Backbone(clip_folder, pretrained="random"), instantiate(cfg.eval.benchmarks))
+    benchmarks = instantiate(cfg.eval.benchmarks)
+    scores = evaluate(Backbone(clip_folder, pretrained="random"), benchmarks)
     counts = Counter(name.split("/")[1] for name in scores)
     retrieval = dict.fromkeys(("retrieval_short", "retrieval_long", "retrieval_long_alike"), 7)
     assert counts == {"pairs": 11, "pairs_local": 11, "zeroshot": 2, "probes": 13, **retrieval, "lengths": 5}
     assert all(0 <= score <= 100 for score in scores.values())
+    # Each percentage again, from what every item got, written and read.
+    outcomes.save(tmp_path, ["score"], {name: benchmark.outcomes for name, benchmark in benchmarks.items()})
+    recorded = outcomes.load(tmp_path / outcomes.FILE)["score"]
+    for name, score in scores.items():
+        _, benchmark, metric = name.split("/")
+        again = outcomes.percent(
+            metric, [n.split("/")[2] for n in scores if f"/{benchmark}/" in n], recorded[benchmark]
+        )
+        assert again == (None if metric == "ties" else pytest.approx(score))
     watched = Selection(instantiate(cfg.eval.selection), cfg.eval.selection_metric)
     method = Method(Backbone(clip_folder, pretrained="random"))
     assert {name.removeprefix("selection/") for name in watched.score(method)} == {

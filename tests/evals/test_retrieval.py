@@ -5,9 +5,10 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from clipfix.evals import retrieval
+from clipfix.evals import ranks as ranking
 from clipfix.evals.lengths import Lengths
-from clipfix.evals.retrieval import Retrieval, recall, without_shared_beginning
+from clipfix.evals.ranks import ranks
+from clipfix.evals.retrieval import Retrieval, both_ways, without_shared_beginning
 
 
 def random_features(seed, pictures=23, captions=3, dim=4):
@@ -17,42 +18,48 @@ def random_features(seed, pictures=23, captions=3, dim=4):
     return images, texts, torch.arange(pictures), torch.arange(pictures).repeat_interleave(captions)
 
 
-def slow_recall(queries, gallery, query_picture, gallery_picture, k):
-    """Sort everything, look at the first k."""
-    hits = 0
-    for query, picture in zip(queries, query_picture, strict=True):
-        order = sorted(range(len(gallery)), key=lambda i: -float(query @ gallery[i]))
-        hits += any(gallery_picture[i] == picture for i in order[:k])
-    return 100 * hits / len(queries)
+def slow_rank(query, gallery, picture, gallery_picture):
+    """Sort everything, look for the first match."""
+    order = sorted(range(len(gallery)), key=lambda i: -float(query @ gallery[i]))
+    return next(place for place, i in enumerate(order, 1) if gallery_picture[i] == picture)
 
 
-@pytest.mark.parametrize("k", [1, 5, 10])
-def test_recall_is_a_double_loop(k, monkeypatch):
-    monkeypatch.setattr(retrieval, "CHUNK", 7)
+def test_a_rank_is_a_place_in_the_sorted_list(monkeypatch):
+    monkeypatch.setattr(ranking, "CHUNK", 7)
     images, texts, picture, owner = random_features(0)
-    to_text = recall(images, texts, picture, owner, [1, 5, 10])[k]
-    to_image = recall(texts, images, owner, picture, [1, 5, 10])[k]
-    assert to_text == pytest.approx(slow_recall(images, texts, picture, owner, k))
-    assert to_image == pytest.approx(slow_recall(texts, images, owner, picture, k))
+    for query, found in ((images, texts), (texts, images)):
+        wanted, labels = (picture, owner) if query is images else (owner, picture)
+        expected = [slow_rank(row, found, label, labels) for row, label in zip(query, wanted, strict=True)]
+        assert ranks(query, found, wanted, labels).tolist() == expected
+        assert max(expected) > 10
+
+
+def test_among_equals_the_stored_order_counts():
+    alike = torch.ones(5, 3)
+    numbers = torch.arange(5)
+    assert ranks(alike, alike, numbers, numbers).tolist() == [1, 2, 3, 4, 5]
+    assert ranks(alike, alike, torch.tensor([3, 9]).repeat(3)[:5], torch.tensor([0, 3, 3, 0, 0]))[0] == 2
 
 
 def test_recall_is_clip_benchmarks():
     theirs = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval").recall_at_k
     images, texts, picture, owner = random_features(1)
     scores, positives = texts @ images.T, owner[:, None] == picture
+    ways = both_ways([str(i) for i in picture.tolist()], images, texts)
     for k in (1, 5, 10):
         to_image = 100 * (theirs(scores, positives, k) > 0).float().mean().item()
         to_text = 100 * (theirs(scores.T, positives.T, k) > 0).float().mean().item()
-        assert recall(texts, images, owner, picture, [k])[k] == pytest.approx(to_image)
-        assert recall(images, texts, picture, owner, [k])[k] == pytest.approx(to_text)
+        assert ways["text_to_image"].percent(k) == pytest.approx(to_image)
+        assert ways["image_to_text"].percent(k) == pytest.approx(to_text)
 
 
 def test_recall_is_torchmetrics():
     theirs = pytest.importorskip("torchmetrics.functional.retrieval").retrieval_hit_rate
     images, texts, picture, owner = random_features(2)
-    for k, found in recall(images, texts, picture, owner, [1, 5, 10, 500]).items():
-        hits = [theirs(texts @ image, owner == i, top_k=min(k, len(texts))) for i, image in enumerate(images)]
-        assert found == pytest.approx(100 * torch.stack(hits).mean().item())
+    found = ranks(images, texts, picture, owner)
+    for k in (1, 5, 10, len(texts)):
+        hits = [theirs(texts @ image, owner == i, top_k=k) for i, image in enumerate(images)]
+        assert (found <= k).float().mean().item() == pytest.approx(torch.stack(hits).mean().item())
 
 
 class Largest(TorchDispatchMode):
@@ -66,15 +73,15 @@ class Largest(TorchDispatchMode):
         return made
 
 
-def test_recall_holds_the_scores_of_a_few_queries_at_a_time():
+def test_ranks_hold_the_scores_of_a_few_queries_at_a_time():
     """Whatever the size: at 31k x 155k a chunk's scores take 160 MB, all of them 19 GB."""
     images, texts, picture, owner = random_features(3, pictures=1500, captions=5, dim=8)
     with Largest() as to_text:
-        recall(images, texts, picture, owner, [1, 10])
+        ranks(images, texts, picture, owner)
     with Largest() as to_image:
-        recall(texts, images, owner, picture, [1, 10])
-    assert to_text.elements == retrieval.CHUNK * len(texts) < 1500 * len(texts) / 5
-    assert to_image.elements == retrieval.CHUNK * len(images)
+        ranks(texts, images, owner, picture)
+    assert to_text.elements == ranking.CHUNK * len(texts) < 1500 * len(texts) / 5
+    assert to_image.elements == ranking.CHUNK * len(images)
 
 
 def test_pictures_may_have_different_numbers_of_captions(tmp_path):

@@ -13,10 +13,16 @@ from rich.progress import track
 from clipfix.backbone import Backbone
 from clipfix.evals.embed import Features, TextCache, scoring
 from clipfix.evals.sets import Source
+from clipfix.outcomes import Outcomes
 
 
 class Benchmark(ABC):
-    """One yardstick. A subclass writes `__init__` (bound from yaml) and `score`."""
+    """One yardstick. A subclass writes `__init__` (bound from yaml) and `score`.
+
+    Each scoring leaves in `outcomes` what every item got, from which its percentages can be computed again.
+    """
+
+    outcomes: Sequence[Outcomes] = ()  # per scoring; a list of its own in a benchmark that records
 
     def __call__(self, backbone: Backbone) -> dict[str, float]:
         with scoring(backbone) as features:

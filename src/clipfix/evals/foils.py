@@ -3,8 +3,11 @@
 from collections import defaultdict
 from statistics import fmean
 
+import numpy as np
+
 from clipfix.evals import Benchmark
 from clipfix.evals.embed import Features, Shards
+from clipfix.outcomes import Outcome, Outcomes
 
 
 class Foils(Benchmark):
@@ -17,6 +20,7 @@ class Foils(Benchmark):
 
     def __init__(self, shards: Shards) -> None:
         self.shards = shards
+        self.outcomes: list[Outcomes] = []  # rank 1: the caption is nearer
 
     def score(self, features: Features) -> dict[str, float]:
         images, kept = features.images(self.shards)
@@ -24,8 +28,13 @@ class Foils(Benchmark):
         own, other = (
             (images * features.texts([sample["json"][name] for sample in kept])).sum(-1) for name in ("caption", "foil")
         )
-        by_subset: dict[str, list[bool]] = defaultdict(list)
+        by_subset: dict[str, dict[str, int]] = defaultdict(dict)
         for sample, right in zip(kept, (own > other).tolist(), strict=True):
-            by_subset[sample["json"]["subset"]].append(right)
-        scores = {subset: 100 * fmean(answers) for subset, answers in by_subset.items()}
+            by_subset[sample["json"]["subset"]][sample["key"]] = 1 if right else 2
+        found = {
+            subset: Outcome(np.array(list(answers)), np.array(list(answers.values())))
+            for subset, answers in by_subset.items()
+        }
+        self.outcomes.append(found)
+        scores = {subset: outcome.percent() for subset, outcome in found.items()}
         return {"mean": fmean(scores.values()), **scores, "ties": float((own == other).sum())}

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 from PIL import Image
 
-GREEN, RED, INK = "#2e7d32", "#c62828", "#2b2f36"
-BEFORE, AFTER = "#b8bec9", "#3a6ea5"  # in every chart of two scorings
+from clipfix.colours import GREEN, INK, RED
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """Two pictures and two captions of the same words: which belongs to which?"""
 
+import numpy as np
 import torch
 
 from clipfix.evals.embed import Features
 from clipfix.evals.pairs import Pairs, picks
+from clipfix.outcomes import Outcome
 
 
 class Groups(Pairs):
@@ -21,7 +23,8 @@ class Groups(Pairs):
         texts = features.texts([self.prefix + sample["json"]["statement"] for sample in kept])
         image, tied = picks(images[order], texts[order])
         text, tied_too = picks(texts[order], images[order])
-        self.answers.append(dict(zip(pairs, (text & image).tolist(), strict=True)))
+        items = np.array([str(number) for number in pairs])
         shares = {"text": text, "image": image, "group": text & image}
-        scores = {name: 100 * right.float().mean().item() for name, right in shares.items()}
-        return {**scores, "ties": float(tied.sum() + tied_too.sum())}
+        found = {name: Outcome(items, np.where(right.cpu().numpy(), 1, 2)) for name, right in shares.items()}
+        self.outcomes.append(found)
+        return {name: one.percent() for name, one in found.items()} | {"ties": float(tied.sum() + tied_too.sum())}

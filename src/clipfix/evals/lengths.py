@@ -2,16 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from random import Random
-from statistics import fmean
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
+from clipfix.colours import AFTER, BEFORE
 from clipfix.data import Text
 from clipfix.evals import Benchmark
 from clipfix.evals.embed import Features
-from clipfix.evals.gallery import AFTER, BEFORE
 from clipfix.evals.retrieval import both_ways
+from clipfix.outcomes import Outcome, Outcomes
 
 
 class Lengths(Benchmark):
@@ -33,23 +34,29 @@ class Lengths(Benchmark):
         self.shards, self.text, self.tokens, self.allow_pipe = shards, Text(**text), sorted(tokens), allow_pipe
         if not self.tokens or self.tokens[0] < 3:
             raise ValueError(f"eval: tokens {list(tokens)}: give lengths of 3 or more, as start and end count.")
-        self.measured: list[list[float]] = []  # per scoring: R@1 at each length
+        self.outcomes: list[Outcomes] = []
 
     def score(self, features: Features) -> dict[str, float]:
         images, kept = features.images(self.shards, self.allow_pipe)
         captions = [caption for sample in kept for caption in self.text.draw(sample, Random(sample["key"]))]
-        found = []
+        found = {}
         for length in self.tokens:
-            recalls = both_ways(images, features.texts(captions, at_most=length), [1])
-            found.append(fmean(way[1] for way in recalls.values()))
-        self.measured.append(found)
-        return {f"{length}_tokens_R@1": score for length, score in zip(self.tokens, found, strict=True)}
+            ways = both_ways([sample["key"] for sample in kept], images, features.texts(captions, at_most=length))
+            asked = list(ways.values())
+            found[f"{length}_tokens"] = Outcome(
+                np.concatenate([way.items for way in asked]),
+                np.concatenate([way.ranks for way in asked]),
+                np.concatenate([np.full(len(way.ranks), 1 / len(way.ranks)) for way in asked]),  # a way counts half
+            )
+        self.outcomes.append(found)
+        return {f"{name}_R@1": outcome.percent() for name, outcome in found.items()}
 
     def figure(self, columns: Sequence[str]) -> Figure | None:
         """One line for each of the last scorings."""
         figure = Figure(figsize=(6, 3.6), layout="constrained")
         axis = figure.subplots()
-        for name, line, colour in zip(columns, self.measured[-len(columns) :], (BEFORE, AFTER), strict=False):
+        for name, scoring, colour in zip(columns, self.outcomes[-len(columns) :], (BEFORE, AFTER), strict=False):
+            line = [outcome.percent() for outcome in scoring.values()]
             axis.plot(self.tokens, line, color=colour, marker="o", linewidth=2, label=name)
         axis.set(xlabel="tokens of each caption that are read", ylabel="R@1, percent", xticks=self.tokens)
         axis.set_ylim(bottom=0)

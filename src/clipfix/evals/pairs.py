@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
@@ -13,6 +14,7 @@ from torch import Tensor
 from clipfix.evals import Benchmark
 from clipfix.evals.embed import Features, Local, Sample, Shards, pictures
 from clipfix.evals.gallery import Cell, gallery
+from clipfix.outcomes import Outcome, Outcomes
 
 
 def picks(
@@ -40,7 +42,7 @@ class Pairs(Benchmark):
     def __init__(self, shards: Shards, prefix: str, local: Mapping[str, Any] | None = None) -> None:
         self.shards, self.prefix = shards, prefix
         self.local = Local(**local) if local is not None else None
-        self.answers: list[dict[int, bool]] = []  # per scoring: pair -> both texts picked their own image
+        self.outcomes: list[Outcomes] = []  # rank 1: both texts of a pair picked their own image
 
     def score(self, features: Features) -> dict[str, float]:
         images, kept = features.images(self.shards, local=self.local)
@@ -48,18 +50,29 @@ class Pairs(Benchmark):
         order = torch.tensor(list(pairs.values()))
         texts = features.texts([self.prefix + sample["json"]["statement"] for sample in kept])
         right, tied = picks(images[order], texts[order])
-        self.answers.append(dict(zip(pairs, right.tolist(), strict=True)))
-        by_pattern: dict[str, list[bool]] = defaultdict(list)
-        for (first, _), answer in zip(pairs.values(), right.tolist(), strict=True):
-            by_pattern[kept[first]["json"]["pattern"].lower().replace(" ", "_")].append(answer)
-        scores = {pattern: 100 * fmean(answers) for pattern, answers in by_pattern.items()}
+        by_pattern: dict[str, dict[int, int]] = defaultdict(dict)
+        for (number, (first, _)), answer in zip(pairs.items(), right.tolist(), strict=True):
+            by_pattern[kept[first]["json"]["pattern"].lower().replace(" ", "_")][number] = 1 if answer else 2
+        found = {
+            pattern: Outcome(np.array([str(number) for number in answers]), np.array(list(answers.values())))
+            for pattern, answers in by_pattern.items()
+        }
+        self.outcomes.append(found)
+        scores = {pattern: outcome.percent() for pattern, outcome in found.items()}
         return {"mean": fmean(scores.values()), **scores, "ties": float(tied.sum())}
 
     def figure(self, columns: Sequence[str]) -> Figure | None:
         """One pair a pattern, if possible one whose answer changed between the last scorings; of the plain rule."""
         if self.local is not None:
             return None
-        answers = self.answers[-len(columns) :]
+        answers = [
+            {
+                int(number): bool(rank == 1)
+                for one in scoring.values()
+                for number, rank in zip(one.items, one.ranks, strict=True)
+            }
+            for scoring in self.outcomes[-len(columns) :]
+        ]
         by_pattern: dict[str, list[tuple[bool, int, list[Sample]]]] = defaultdict(list)
         kept = list(pictures(self.shards))
         for number, rows in self.rows(kept).items():

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from statistics import fmean
 
+import numpy as np
 from sklearn.linear_model import RidgeClassifierCV
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.pipeline import make_pipeline
@@ -11,6 +12,7 @@ from sklearn.preprocessing import StandardScaler
 from clipfix.evals import Benchmark
 from clipfix.evals.embed import Features
 from clipfix.evals.labels import labels
+from clipfix.outcomes import Outcome, Outcomes
 
 
 class Probes(Benchmark):
@@ -29,11 +31,12 @@ class Probes(Benchmark):
         alphas: Sequence[float],
     ) -> None:
         self.fit_shards, self.shards, self.factors, self.alphas = fit_shards, shards, list(factors), list(alphas)
+        self.outcomes: list[Outcomes] = []
 
     def score(self, features: Features) -> dict[str, float]:
         fit_images, fit_samples = features.images(self.fit_shards)
         images, samples = features.images(self.shards)
-        scores = {}
+        scores, found = {}, {}
         for factor in self.factors:
             known, asked = labels(fit_samples, factor), labels(samples, factor)
             if len(set(known.values())) < 2 or not asked:
@@ -41,5 +44,10 @@ class Probes(Benchmark):
             probe = make_pipeline(StandardScaler(), RidgeClassifierCV(self.alphas, class_weight="balanced"))
             probe.fit(fit_images[list(known)].double().cpu().numpy(), list(known.values()))
             answers = probe.predict(images[list(asked)].double().cpu().numpy())
-            scores[factor] = 100 * float(balanced_accuracy_score(list(asked.values()), answers))
+            truth = np.array(list(asked.values()))
+            scores[factor] = 100 * float(balanced_accuracy_score(truth, answers))
+            _, kinds, counts = np.unique(truth, return_inverse=True, return_counts=True)
+            items = np.array([samples[row]["key"] for row in asked])
+            found[factor] = Outcome(items, np.where(answers == truth, 1, 2), 1 / counts[kinds])
+        self.outcomes.append(found)
         return {"mean": fmean(scores.values()), **scores}

@@ -6,8 +6,9 @@ from random import Random
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -15,42 +16,31 @@ from clipfix.data import Text
 from clipfix.evals import Benchmark
 from clipfix.evals.embed import Features, Shards, pictures
 from clipfix.evals.gallery import Cell, gallery
+from clipfix.evals.ranks import ranks
+from clipfix.outcomes import Outcome, Outcomes
 
 SHOWN = 12  # pictures in the figure
-CHUNK = 256  # queries a matmul: at 31k x 155k the whole score matrix would take 19 GB
 
 
-def recall(
-    queries: Float[Tensor, "q d"],
-    gallery: Float[Tensor, "g d"],
-    query_picture: Int[Tensor, " q"],
-    gallery_picture: Int[Tensor, " g"],
-    at: Sequence[int],
-) -> dict[int, float]:
-    """Share of queries, in percent, with at least one match among their k nearest.
+def both_ways(
+    keys: Sequence[str],
+    images: Float[Tensor, "n d"],
+    texts: Float[Tensor, "m d"],
+    counts: Sequence[int] | None = None,
+) -> Outcomes:
+    """Ranks of texts by image and of images by text; each image's texts are side by side, as many or `counts`.
 
     With several captions a picture, any one of them is a hit. Pictures with the very same caption are rivals all the
     same, so junk captions keep recall below 100. Source: clip_benchmark, `zeroshot_retrieval`; the same as the mean of
     torchmetrics' `retrieval_hit_rate`, which takes one query at a time.
     """
-    hits = []
-    for query, picture in zip(queries.split(CHUNK), query_picture.split(CHUNK), strict=True):
-        nearest = (query @ gallery.T).topk(min(max(at), len(gallery)))
-        match = gallery_picture[nearest.indices] == picture[:, None]
-        hits.append(torch.stack([match[:, :k].any(dim=1) for k in at], dim=1))
-    return dict(zip(at, (100 * torch.cat(hits).double().mean(dim=0)).tolist(), strict=True))
-
-
-def both_ways(
-    images: Float[Tensor, "n d"], texts: Float[Tensor, "m d"], at: Sequence[int], counts: Sequence[int] | None = None
-) -> dict[str, dict[int, float]]:
-    """Recall of texts by image and of images by text; each image's texts are side by side, as many or `counts`."""
     picture = torch.arange(len(images), device=images.device)
     each = len(texts) // len(images) if counts is None else torch.tensor(counts, device=images.device)
     owner = picture.repeat_interleave(each)
+    names = np.array(keys)
     return {
-        "image_to_text": recall(images, texts, picture, owner, at),
-        "text_to_image": recall(texts, images, owner, picture, at),
+        "image_to_text": Outcome(names, ranks(images, texts, picture, owner).cpu().numpy()),
+        "text_to_image": Outcome(names[owner.cpu().numpy()], ranks(texts, images, owner, picture).cpu().numpy()),
     }
 
 
@@ -68,6 +58,7 @@ class Retrieval(Benchmark):
         allow_pipe: bool = False,
     ) -> None:
         self.shards, self.text, self.recall_at, self.allow_pipe = shards, Text(**text), list(recall_at), allow_pipe
+        self.outcomes: list[Outcomes] = []  # ranks of the own caption and of the own picture
         self.found: list[list[tuple[str, bool]]] = []  # per scoring: the nearest caption of each shown picture
 
     def score(self, features: Features) -> dict[str, float]:
@@ -77,11 +68,9 @@ class Retrieval(Benchmark):
         texts = features.texts(flat)
         nearest = (images[:SHOWN] @ texts.T).argmax(dim=1).tolist()
         self.found.append([(flat[text], flat[text] in captions[i]) for i, text in enumerate(nearest)])
-        scores = {
-            f"{direction}_R@{k}": score
-            for direction, recalls in both_ways(images, texts, self.recall_at, [len(c) for c in captions]).items()
-            for k, score in recalls.items()
-        }
+        ways = both_ways([sample["key"] for sample in kept], images, texts, [len(several) for several in captions])
+        self.outcomes.append(ways)
+        scores = {f"{way}_R@{k}": outcome.percent(k) for way, outcome in ways.items() for k in self.recall_at}
         return {"mean": fmean(scores.values()), **scores}
 
     def figure(self, columns: Sequence[str]) -> Figure | None:

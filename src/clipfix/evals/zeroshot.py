@@ -3,15 +3,17 @@
 from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
-from torchmetrics.functional.classification import multiclass_accuracy
 
 from clipfix.evals import Benchmark
 from clipfix.evals.embed import Features
 from clipfix.evals.labels import alone, labels
+from clipfix.evals.ranks import ranks
+from clipfix.outcomes import Outcome, Outcomes
 
 
 class Question(TypedDict):
@@ -35,15 +37,17 @@ class ZeroShot(Benchmark):
 
     def __init__(self, shards: str | Sequence[str], questions: Mapping[str, Question]) -> None:
         self.shards, self.questions = shards, questions
+        self.outcomes: list[Outcomes] = []  # ranks among the classes
 
     def score(self, features: Features) -> dict[str, float]:
         images, samples = features.images(self.shards)
-        scores = {}
+        found = {}
         for factor, question in self.questions.items():
             classes = list(question["classes"])
             asked = {row: name for row, name in labels(samples, factor).items() if alone(samples[row])}
             truth = torch.tensor([classes.index(name) for name in asked.values()], device=images.device)
-            similarity = images[list(asked)] @ heads(features, classes, question["templates"]).T
-            right = multiclass_accuracy(similarity, truth, num_classes=len(classes), average="micro")
-            scores[factor] = 100 * right.item()
-        return scores
+            prompts = heads(features, classes, question["templates"])
+            places = ranks(images[list(asked)], prompts, truth, torch.arange(len(classes), device=images.device))
+            found[factor] = Outcome(np.array([samples[row]["key"] for row in asked]), places.cpu().numpy())
+        self.outcomes.append(found)
+        return {factor: outcome.percent() for factor, outcome in found.items()}

@@ -1,0 +1,83 @@
+"""The front door: python -m clipfix run=compare."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from runs import run
+
+from clipfix.__main__ import main, named
+
+
+@pytest.fixture
+def clipfix(tmp_path, monkeypatch, capsys):
+    """Runs the command in an empty folder; returns what was printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["clipfix", *arguments])
+        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)  # `main` sets it
+        main()
+        return capsys.readouterr().out
+
+    return command
+
+
+def test_files_folders_and_globs_are_words_behind_the_verb(clipfix, tmp_path):
+    run(tmp_path / "it's one" / "0", seed=0)
+    run(tmp_path / "it's one" / "method=diva,seed=1", seed=1)
+    run(tmp_path / "fff", method="fff")
+    words = ["it's one/0/results.json", "it's one/method=diva,seed=1", "f*"]
+    printed = clipfix("run=compare", *words, "logger=csv", "compare.resamples=50", "compare.examples=0")
+    assert "diva tiny, 2 seeds" in " ".join(printed.split())
+    assert "No settings in 3 of 3 files: zeroshot, lengths." in printed
+    (page,) = tmp_path.glob("outputs/compare/*/report.html")
+    assert str(page.relative_to(tmp_path)) in printed
+    assert {path.name for path in page.parent.iterdir()} == {
+        "report.html",
+        "radar.png",
+        "forgetting.png",
+        "lengths.png",
+    }
+
+
+def test_pictures_go_to_wandb(clipfix, tmp_path):
+    for seed in (0, 1):
+        run(tmp_path / f"a{seed}", seed=seed)
+    clipfix("run=compare", "a0", "a1", "compare.resamples=20", "compare.examples=0")
+    logged = sorted(tmp_path.glob("outputs/compare/*/wandb/offline-run-*/files/media/images/compare/*.png"))
+    assert [path.name.split("_")[0] for path in logged] == ["forgetting", "lengths", "radar"]
+    with Image.open(logged[0]) as image:
+        assert min(image.size) > 400
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["a", "nowhere"], "There is no nowhere: name results.json files or the run folders that hold them."),
+        ([], "Nothing to compare: name results, as in run=compare outputs/*/*/results.json"),
+        (["a", "other"], "pairs was scored on other data in other/results.json"),
+    ],
+)
+def test_what_does_not_compare_is_answered_in_one_line(words, message, clipfix, tmp_path):
+    run(tmp_path / "a")
+    run(tmp_path / "other", seed=1, data={"pairs": {"files": 1, "sha256": "bb22"}})
+    with pytest.raises(SystemExit) as exit_:
+        clipfix("run=compare", *words)
+    assert str(exit_.value.code).startswith(f"clipfix: {message}")
+    assert not list(tmp_path.glob("outputs/compare/*"))
+
+
+def test_other_verbs_get_their_words_as_they_are():
+    assert named(["run=fit", "seed=1", "oops"]) == ["run=fit", "seed=1", "oops"]
+    assert named(["run=compare", "seed=1"]) == ["run=compare", "seed=1"]
+
+
+def test_it_starts_without_torch():
+    """A table of a few files must not wait for what trains models."""
+    code = "import sys, clipfix.compare, clipfix.compare.page, clipfix.compare.figures; print('torch' in sys.modules)"
+    environment = {"PYTHONPATH": str(Path(__file__).parents[2] / "src"), "PATH": ""}
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert asked.stdout.strip() == "False"
