@@ -7,6 +7,7 @@ from pathlib import Path
 import layouts
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
@@ -14,6 +15,7 @@ from planted import Planted
 from sklearn.metrics import accuracy_score, top_k_accuracy_score
 from torch.nn.functional import normalize
 
+import clipfix.__main__  # noqa: F401  what yaml may ask for
 from clipfix.evals import Benchmark, evaluate, present
 from clipfix.evals.classification import Classification
 from clipfix.evals.embed import scoring
@@ -152,6 +154,16 @@ def test_a_missing_set_is_skipped_with_what_to_fetch_and_none_at_all_is_an_error
     assert "4.4 GB" in flickr
     with pytest.raises(ValueError, match=r"urban1k: there is no .*Urban1k/image.*Fetch Urban1k\.zip"):
         present(benchmarks(tmp_path / "elsewhere", "urban1k"))
+
+
+def test_published_is_all_of_them_under_one_root():
+    """And chooses checkpoints on shards that are none of them."""
+    with initialize_config_dir(str(CONF.parent), version_base="1.3"):
+        cfg = compose("config", overrides=["eval=published", "eval.root=/data", "~eval.benchmarks.dci"]).eval
+    names = {benchmark for name in PUBLISHED for benchmark in OmegaConf.load(CONF / f"{name}.yaml").benchmarks}
+    assert set(cfg.benchmarks) == names - {"dci"}
+    assert cfg.benchmarks.mmvp_local.shards.root == "/data/MMVP_VLM"
+    assert list(cfg.selection) == ["retrieval"]
 
 
 def test_every_line_says_how_large_it_is_and_every_name_is_there_once():

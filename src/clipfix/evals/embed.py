@@ -105,7 +105,7 @@ def embed_locally(
         pooled, patches = backbone.visual_tokens(images.to(device))
     except ValueError as error:
         raise ValueError(
-            f"{error} Or leave out the score that asks for patches: ~eval.benchmarks.pairs_local"
+            f"{error} Or leave out the score that asks for patches: ~eval.benchmarks.pairs_local, or mmvp_local"
         ) from error
     drawn = torch.tensor([local.draw(key, patches.shape[1]) for key in keys], device=device)
     return global_plus_local(pooled.float(), take_patches(patches, drawn).float(), local.normalized)

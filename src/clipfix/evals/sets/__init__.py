@@ -46,7 +46,7 @@ class Source(ABC):
         if uninstalled := [package for package in self.packages if find_spec(package) is None]:
             return f"it is read by {uninstalled[0]}, which is not installed: pip install 'clipfix[eval]'"
         absent = next((path for path in self.needs() if not path.exists()), None)
-        return absent and f"there is no {absent}. {self.fetch}"
+        return None if absent is None else f"there is no {absent}. {self.fetch}"
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if line := self.missing():
