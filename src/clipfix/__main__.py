@@ -65,7 +65,9 @@ def fit(cfg: DictConfig, folder: Path) -> None:
     loggers = list(instantiate(cfg.logger).values())
     trainer = instantiate(cfg.trainer, callbacks=[c for c in callbacks.values() if c is not None], logger=loggers)
 
-    scores, weights, facts = {}, {}, {}
+    scores: dict[str, dict[str, float]] = {}
+    weights: dict[str, str] = {}
+    facts: dict[str, Any] = {}
     texts: TextCache = {}  # most repairs leave the text tower as it is
     if trainer.is_global_zero:
         (folder / "config.yaml").write_text(method.config_yaml)
@@ -218,7 +220,7 @@ def selection(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
 def recipe(trained: Any) -> dict[str, Any]:
     """What a result file says of the config: the backbone, and how its weights were repaired, if they were."""
-    by = {"method": None, "control": None, "wise": None, "trained_with_seed": None}
+    by: dict[str, Any] = {"method": None, "control": None, "wise": None, "trained_with_seed": None}
     if trained is not None:
         by["method"] = trained.method._target_.split(".")[-2]  # the module, named as its yaml is
         by |= {"control": trained.method.get("control"), "wise": trained.get("wise"), "trained_with_seed": trained.seed}
