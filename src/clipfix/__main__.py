@@ -66,7 +66,9 @@ def fit(cfg: DictConfig, folder: Path) -> None:
     loggers = list(instantiate(cfg.logger).values())
     trainer = instantiate(cfg.trainer, callbacks=[c for c in callbacks.values() if c is not None], logger=loggers)
 
-    scores, weights, facts = {}, {}, {}
+    scores: dict[str, dict[str, float]] = {}
+    weights: dict[str, str] = {}
+    facts: dict[str, Any] = {}
     texts: TextCache = {}  # most repairs leave the text tower as it is
     if trainer.is_global_zero:
         (folder / "config.yaml").write_text(method.config_yaml)

@@ -162,7 +162,7 @@ def from_clip(state: Mapping[str, Tensor]) -> State:
 def from_siglip(state: Mapping[str, Tensor]) -> State:
     """A transformers `SiglipModel`, whose picture tower open_clip takes from timm."""
     state = joined(state)
-    pool = {}
+    pool: State = {}
     for kind in ("weight", "bias"):
         query, *rest = state.pop(f"vision_model.head.attention.in_proj_{kind}").chunk(3)
         pool |= {f"visual.trunk.attn_pool.q.{kind}": query, f"visual.trunk.attn_pool.kv.{kind}": torch.cat(rest)}
