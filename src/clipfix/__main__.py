@@ -118,7 +118,7 @@ def compare(cfg: DictConfig, folder: Path) -> None:
     """Results of earlier runs side by side: a table, pictures and report.html. No model is loaded."""
     from clipfix.compare import compare
 
-    published = OmegaConf.to_container(OmegaConf.load(CONF / "published.yaml"))
+    published: Any = OmegaConf.to_container(OmegaConf.load(CONF / "published.yaml"))
     pictures = compare(folder, cfg.seed, published, **cfg.compare)
     if cfg.logger.get("wandb"):  # Lightning and W&B take seconds to import: after the table is read
         from clipfix import report

@@ -316,7 +316,7 @@ def _describe_transformers(name: str, folder: Path) -> tuple[dict[str, Any], dic
         raise ValueError(f"backbone.name={name} is a transformers folder of {kind}: only clip and siglip can be read.")
     # transformers 5 writes the pictures' part of a processor into the processor's own file.
     files = [folder / "preprocessor_config.json", folder / "processor_config.json"]
-    images = next((json.loads(file.read_text()) for file in files if file.is_file()), {})
+    images: dict[str, Any] = next((json.loads(file.read_text()) for file in files if file.is_file()), {})
     images = images.get("image_processor", images)
     if "image_mean" not in images:
         raise ValueError(

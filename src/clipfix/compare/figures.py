@@ -116,10 +116,12 @@ def forgetting(groups: Sequence[Group], gain: str, kept: str) -> Figure | None:
         points = np.array(
             [(result.change(gain), fmean(result.change(name) for name in names)) for result in group.results]
         )
-        axis.scatter(*points.T, color=colour, marker=marker, s=46, alpha=0.75, linewidth=0, label=label(group))
+        axis.scatter(
+            points[:, 0], points[:, 1], color=colour, marker=marker, s=46, alpha=0.75, linewidth=0, label=label(group)
+        )
         if len(points) > 1:
             mean, sd = points.mean(axis=0), spread(points)
-            axis.errorbar(*mean, xerr=sd[0], yerr=sd[1], color=colour, linewidth=1.4, capsize=3, zorder=3)
+            axis.errorbar(mean[0], mean[1], xerr=sd[0], yerr=sd[1], color=colour, linewidth=1.4, capsize=3, zorder=3)
     padded(axis)
     benchmark, metric = gain.split("/")
     axis.set_xlabel(f"repair: change of {words(benchmark)}, {words(metric)} (points)", color=INK)

@@ -199,15 +199,15 @@ def group(results: Sequence[Result]) -> list[Group]:
         differing = [
             key for key in dict.fromkeys(k for one in told for k in one) if len({str(o.get(key)) for o in told}) > 1
         ]
-        for recipe, members in zip(told, recipes.values(), strict=True):
-            also = [f"{key.removeprefix('method.')}={recipe.get(key)}" for key in differing]
+        for one, members in zip(told, recipes.values(), strict=True):
+            also = [f"{key.removeprefix('method.')}={one.get(key)}" for key in differing]
             seeded = sorted(members, key=lambda result: str(result.seed).rjust(9))
             groups.append(Group(", ".join([*words, *also]), seeded))
-    for one in groups:
-        for first, second in combinations(one.results, 2):
+    for each in groups:
+        for first, second in combinations(each.results, 2):
             if first.seed == second.seed:
                 raise ValueError(
-                    f"{first.path} and {second.path} are both seed {first.seed} of {one.name}: leave one out."
+                    f"{first.path} and {second.path} are both seed {first.seed} of {each.name}: leave one out."
                 )
     return sorted(groups, key=lambda one: min(results.index(result) for result in one.results))
 

@@ -163,7 +163,7 @@ def told(
     published: Sequence[Mapping[str, Any]], groups: Sequence[Group], benchmark: str, metric: str
 ) -> list[Published]:
     """What others give for these groups: before the repair, after it, and where that stands."""
-    found = {}
+    found: dict[tuple[str, str, str], None] = {}
     for entry in published:
         if (entry["benchmark"], entry["metric"]) != (benchmark, metric):
             continue
