@@ -88,7 +88,8 @@ def fit(cfg: DictConfig, folder: Path) -> None:
         weights["after"] = weights_hash(scored.model)
         facts |= origin(cfg) | asked(cfg)
         facts |= {"weights": weights, "precision": {"scores": "fp32", "training": cfg.trainer.precision}}
-        facts |= {"checkpoint": os.path.relpath(chosen, folder), "step": step, "seed": cfg.seed, "seconds": time.perf_counter() - started}
+        seconds = time.perf_counter() - started
+        facts |= {"checkpoint": os.path.relpath(chosen, folder), "step": step, "seed": cfg.seed, "seconds": seconds}
         report.write(folder, scores, benchmarks, facts, loggers)
 
 
