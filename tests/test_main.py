@@ -223,7 +223,7 @@ def test_photographs_packed_by_img2dataset(picture, choices, clipfix, tmp_path, 
         (["method=finetune", "method.train=[vision]"], ["visual, text, logit_scale"]),
         (["method=fff", "method.reference=null"], ["method.reference is null", "data.features=features.npz"]),
         (["method=finetune", "data=shards", "data.train=nowhere/*.tar", "eval=none"], ["nowhere"]),
-        (["run=eval", "backbone=folder"], ["backbone.name=..."]),
+        (["run=eval", "backbone=folder", "eval=none"], ["backbone.name=..."]),
     ],
 )
 def test_mistakes_get_one_clear_error(arguments, words, clipfix):

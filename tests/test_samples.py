@@ -89,7 +89,7 @@ def test_picture_before_and_after(make, shard, drawn, tmp_path):
         ["picture", "before", "after 5 steps"],
     ]
     after = expected(method)
-    assert (after - before).abs().max() > 0.05
+    assert (after - before).abs().max() > 0.02  # five times what a picture on disk may be off
     for name, right in (("before", before), ("after 5 steps", after)):
         torch.testing.assert_close(torch.stack(images(drawn[-1], name)), right, atol=1.1 / 255, rtol=0)
     pictures = torch.stack(images(drawn[-1], "picture"))

@@ -283,7 +283,7 @@ def load_repair(backbone: Any, checkpoint: str) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError):
         saved = {}
     state = saved.get("state_dict", {})
-    if not any(key.startswith("backbone.") for key in state):
+    if "batches_seen" not in saved and not any(key.startswith("backbone.") for key in state):
         raise ValueError(
             f"checkpoint={checkpoint} is none of clipfix: give the weights of a whole model (DIVA's, Long-CLIP's, "
             "OpenAI's, open_clip's) as backbone.pretrained=/path/to/file, a folder as backbone.name=/path/to/folder."
