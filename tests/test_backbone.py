@@ -49,11 +49,15 @@ def folder(tmp_path: Path) -> Path:
     return architecture(tmp_path / "clip", CLIP, mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7])
 
 
-@pytest.fixture
-def plain(folder: Path) -> nn.Module:
-    """open_clip's own model of that folder: the independent side of each comparison."""
+def untrained(folder: Path) -> nn.Module:
+    """open_clip's own model of a folder: the independent side of each comparison."""
     torch.manual_seed(1)
     return open_clip.create_model(f"local-dir:{folder}", load_weights=False).eval()
+
+
+@pytest.fixture
+def plain(folder: Path) -> nn.Module:
+    return untrained(folder)
 
 
 def same(backbone: Backbone, plain: nn.Module) -> bool:

@@ -10,7 +10,7 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import TextTransformer
 from safetensors.torch import save_file
-from test_backbone import CLIP, architecture, same
+from test_backbone import CLIP, architecture, same, untrained
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn.functional import normalize
@@ -31,8 +31,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def plain(folder: Path) -> nn.Module:
-    torch.manual_seed(1)
-    return open_clip.create_model(f"local-dir:{folder}", load_weights=False).eval()
+    return untrained(folder)
 
 
 def diva(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

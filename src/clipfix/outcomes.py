@@ -22,9 +22,20 @@ class Outcome:
     ranks: np.ndarray
     weights: np.ndarray | None = None
 
+    @classmethod
+    def of_answers(cls, items: Iterable[str], right: Iterable[bool], weights: np.ndarray | None = None) -> "Outcome":
+        """Of a question with no more to say than right (rank 1) or wrong (rank 2)."""
+        return cls(np.array(list(items)), np.where(list(right), 1, 2), weights)
+
     def percent(self, at: int = 1) -> float:
         """How often the right answer is among the first `at`."""
         return 100 * float(np.average(self.ranks <= at, weights=self.weights))
+
+
+def each_class_alike(truth: np.ndarray) -> np.ndarray:
+    """Weights by which every class that occurs counts the same, as in a mean of recalls."""
+    _, kinds, counts = np.unique(truth, return_inverse=True, return_counts=True)
+    return 1 / counts[kinds]
 
 
 Outcomes = dict[str, Outcome]  # of one scoring of one benchmark: question -> answers

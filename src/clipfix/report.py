@@ -14,6 +14,7 @@ from rich.table import Table
 
 from clipfix.callbacks import peak_memory_gb
 from clipfix.colours import AFTER, BEFORE
+from clipfix.compare.rows import named, number
 from clipfix.evals import Benchmark
 from clipfix.outcomes import save as save_outcomes
 
@@ -91,10 +92,8 @@ def table(scores: dict[str, Scores]) -> Table:
             shown.add_section()
         cells = [f"{value:.1f}" for value in values]
         if change:
-            difference = values[1] - values[0]
-            cells.append(f"{difference:+.1f}" if abs(difference) >= 0.05 else "0.0")
-        named = metric.replace("_", " ") + (" (count)" if metric == "ties" else "")
-        shown.add_row("" if benchmark == last else benchmark, named, *cells)
+            cells.append(number(values[1] - values[0]))
+        shown.add_row("" if benchmark == last else benchmark, named(metric), *cells)
         last = benchmark
     return shown
 

@@ -58,7 +58,12 @@ class Row:
 
     @property
     def label(self) -> str:
-        return self.metric.replace("_", " ") + (" (count)" if self.metric == "ties" else "")
+        return named(self.metric)
+
+
+def named(metric: str) -> str:
+    """A metric as people read it."""
+    return metric.replace("_", " ") + (" (count)" if metric == "ties" else "")
 
 
 def number(value: float, signed: bool = True) -> str:

@@ -3,14 +3,12 @@
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from clipfix.evals import Benchmark
 from clipfix.evals.embed import Features
-from clipfix.evals.ranks import ranks
 from clipfix.evals.sets import Labelled
-from clipfix.evals.zeroshot import heads
-from clipfix.outcomes import Outcome, Outcomes
+from clipfix.evals.zeroshot import places_among
+from clipfix.outcomes import Outcome, Outcomes, each_class_alike
 
 FIVE = 5  # classes or more, and the top five are asked for as well, as clip_benchmark does
 
@@ -28,13 +26,12 @@ class Classification(Benchmark):
     def score(self, features: Features) -> dict[str, float]:
         images, kept = features.images(self.shards)
         classes = self.shards.classes()
-        truth = torch.tensor([sample["json"]["label"] for sample in kept], device=images.device)
-        prompts = heads(features, classes, self.given or self.shards.templates())
-        places = ranks(images, prompts, truth, torch.arange(len(classes), device=images.device)).cpu().numpy()
+        truth = [sample["json"]["label"] for sample in kept]
+        places = places_among(features, images, truth, classes, self.given or self.shards.templates())
         items = np.array([sample["key"] for sample in kept])
         # Classes without a picture are left out of the mean, as by sklearn's balanced_accuracy_score.
-        _, kinds, counts = np.unique(truth.cpu().numpy(), return_inverse=True, return_counts=True)
-        found = {"acc1": Outcome(items, places), "mean_per_class_recall": Outcome(items, places, 1 / counts[kinds])}
+        weights = each_class_alike(np.array(truth))
+        found = {"acc1": Outcome(items, places), "mean_per_class_recall": Outcome(items, places, weights)}
         if len(classes) >= FIVE:
             found["acc5"] = Outcome(items, np.where(places <= FIVE, 1, places))
         self.outcomes.append(found)

@@ -3,8 +3,6 @@
 from collections import defaultdict
 from statistics import fmean
 
-import numpy as np
-
 from clipfix.evals import Benchmark
 from clipfix.evals.embed import Features, Shards
 from clipfix.outcomes import Outcome, Outcomes
@@ -28,13 +26,10 @@ class Foils(Benchmark):
         own, other = (
             (images * features.texts([sample["json"][name] for sample in kept])).sum(-1) for name in ("caption", "foil")
         )
-        by_subset: dict[str, dict[str, int]] = defaultdict(dict)
+        by_subset: dict[str, dict[str, bool]] = defaultdict(dict)
         for sample, right in zip(kept, (own > other).tolist(), strict=True):
-            by_subset[sample["json"]["subset"]][sample["key"]] = 1 if right else 2
-        found = {
-            subset: Outcome(np.array(list(answers)), np.array(list(answers.values())))
-            for subset, answers in by_subset.items()
-        }
+            by_subset[sample["json"]["subset"]][sample["key"]] = right
+        found = {subset: Outcome.of_answers(answers, answers.values()) for subset, answers in by_subset.items()}
         self.outcomes.append(found)
         scores = {subset: outcome.percent() for subset, outcome in found.items()}
         return {"mean": fmean(scores.values()), **scores, "ties": float((own == other).sum())}

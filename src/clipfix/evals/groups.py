@@ -1,6 +1,5 @@
 """Two pictures and two captions of the same words: which belongs to which?"""
 
-import numpy as np
 import torch
 
 from clipfix.evals.embed import Features
@@ -23,8 +22,7 @@ class Groups(Pairs):
         texts = features.texts([self.prefix + sample["json"]["statement"] for sample in kept])
         image, tied = picks(images[order], texts[order])
         text, tied_too = picks(texts[order], images[order])
-        items = np.array([str(number) for number in pairs])
         shares = {"text": text, "image": image, "group": text & image}
-        found = {name: Outcome(items, np.where(right.cpu().numpy(), 1, 2)) for name, right in shares.items()}
+        found = {name: Outcome.of_answers(map(str, pairs), right.tolist()) for name, right in shares.items()}
         self.outcomes.append(found)
         return {name: one.percent() for name, one in found.items()} | {"ties": float(tied.sum() + tied_too.sum())}

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
@@ -50,13 +49,10 @@ class Pairs(Benchmark):
         order = torch.tensor(list(pairs.values()))
         texts = features.texts([self.prefix + sample["json"]["statement"] for sample in kept])
         right, tied = picks(images[order], texts[order])
-        by_pattern: dict[str, dict[int, int]] = defaultdict(dict)
+        by_pattern: dict[str, dict[str, bool]] = defaultdict(dict)
         for (number, (first, _)), answer in zip(pairs.items(), right.tolist(), strict=True):
-            by_pattern[kept[first]["json"]["pattern"].lower().replace(" ", "_")][number] = 1 if answer else 2
-        found = {
-            pattern: Outcome(np.array([str(number) for number in answers]), np.array(list(answers.values())))
-            for pattern, answers in by_pattern.items()
-        }
+            by_pattern[kept[first]["json"]["pattern"].lower().replace(" ", "_")][str(number)] = answer
+        found = {pattern: Outcome.of_answers(answers, answers.values()) for pattern, answers in by_pattern.items()}
         self.outcomes.append(found)
         scores = {pattern: outcome.percent() for pattern, outcome in found.items()}
         return {"mean": fmean(scores.values()), **scores, "ties": float(tied.sum())}

@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 from clipfix.evals import Benchmark
 from clipfix.evals.embed import Features
 from clipfix.evals.labels import labels
-from clipfix.outcomes import Outcome, Outcomes
+from clipfix.outcomes import Outcome, Outcomes, each_class_alike
 
 
 class Probes(Benchmark):
@@ -46,8 +46,7 @@ class Probes(Benchmark):
             answers = probe.predict(images[list(asked)].double().cpu().numpy())
             truth = np.array(list(asked.values()))
             scores[factor] = 100 * float(balanced_accuracy_score(truth, answers))
-            _, kinds, counts = np.unique(truth, return_inverse=True, return_counts=True)
-            items = np.array([samples[row]["key"] for row in asked])
-            found[factor] = Outcome(items, np.where(answers == truth, 1, 2), 1 / counts[kinds])
+            items = [samples[row]["key"] for row in asked]
+            found[factor] = Outcome.of_answers(items, answers == truth, each_class_alike(truth))
         self.outcomes.append(found)
         return {"mean": fmean(scores.values()), **scores}

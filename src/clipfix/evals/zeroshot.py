@@ -32,6 +32,18 @@ def heads(features: Features, classes: Sequence[str], templates: Sequence[str]) 
     return normalize(prompts.unflatten(0, (len(classes), len(templates))).mean(dim=1), dim=-1)
 
 
+def places_among(
+    features: Features,
+    images: Float[Tensor, "n d"],
+    truth: Sequence[int],
+    classes: Sequence[str],
+    templates: Sequence[str],
+) -> np.ndarray:
+    """[n]: the place, from 1, of each picture's own class, a number into `classes`, among all of them."""
+    wanted, numbers = torch.tensor(truth, device=images.device), torch.arange(len(classes), device=images.device)
+    return ranks(images, heads(features, classes, templates), wanted, numbers).cpu().numpy()
+
+
 class ZeroShot(Benchmark):
     """Accuracy per factor by an ensemble of templates, on pictures of one thing: "a star" does not name three stars."""
 
@@ -45,9 +57,8 @@ class ZeroShot(Benchmark):
         for factor, question in self.questions.items():
             classes = list(question["classes"])
             asked = {row: name for row, name in labels(samples, factor).items() if alone(samples[row])}
-            truth = torch.tensor([classes.index(name) for name in asked.values()], device=images.device)
-            prompts = heads(features, classes, question["templates"])
-            places = ranks(images[list(asked)], prompts, truth, torch.arange(len(classes), device=images.device))
-            found[factor] = Outcome(np.array([samples[row]["key"] for row in asked]), places.cpu().numpy())
+            truth = [classes.index(name) for name in asked.values()]
+            places = places_among(features, images[list(asked)], truth, classes, question["templates"])
+            found[factor] = Outcome(np.array([samples[row]["key"] for row in asked]), places)
         self.outcomes.append(found)
         return {factor: outcome.percent() for factor, outcome in found.items()}
