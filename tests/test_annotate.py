@@ -36,7 +36,8 @@ from clipfix.annotate.latents import Latents
 from clipfix.backbone import Backbone
 from clipfix.data import ShardData, decode, samples, square
 from clipfix.diffusion import Diffusion
-from clipfix.evals.embed import embed_images, embed_texts, scoring
+from clipfix.evals.embed import embed_images, embed_texts
+from clipfix.evals.features import scoring
 from clipfix.shards import read_shard
 
 ROOT = Path(__file__).parents[1]

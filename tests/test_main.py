@@ -298,3 +298,19 @@ def test_wheel_runs_from_any_folder(tmp_path):
         "--cfg", "job", "-p", "backbone", "--resolve", cwd=elsewhere, env={**os.environ, "PYTHONPATH": str(site)}
     )
     assert str(site / "clipfix" / "tiny" / "clip") in shown.stdout, shown.stderr
+
+
+def test_two_devices_score_as_one(clipfix, scenes, tmp_path):
+    """Before and after training, and alone; a world whose pictures fill no whole batch."""
+    two = [scenes, *QUICK, "trainer.devices=2", "trainer.strategy=auto"]
+    trained = python_m_clipfix("method=finetune", *two, "hydra.run.dir=fit", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    fit = json.loads((tmp_path / "fit" / "results.json").read_text())["scores"]
+    assert fit["before"] != fit["after"]
+    for column, checkpoint in ("before", []), ("after", ["checkpoint=fit/checkpoints/best.ckpt"]):
+        folder, _ = clipfix("run=eval", "trainer=cpu", scenes, *WORLD, *checkpoint)
+        assert json.loads((folder / "results.json").read_text())["scores"]["score"] == fit[column]
+    again = python_m_clipfix("run=eval", *two, checkpoint[0], "hydra.run.dir=eval", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert json.loads((tmp_path / "eval" / "results.json").read_text())["scores"]["score"] == fit["after"]
+    assert again.stdout.count("Run folder") == 1

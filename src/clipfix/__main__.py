@@ -45,10 +45,12 @@ HARMLESS = (
 def fit(cfg: DictConfig, folder: Path) -> None:
     """Score, train, score what the selection split prefers, report."""
     started = time.perf_counter()
+    from lightning.pytorch.callbacks import LambdaCallback
+
     from clipfix import provenance, report
     from clipfix.backbone import weights_hash
     from clipfix.evals import evaluate
-    from clipfix.evals.embed import TextCache
+    from clipfix.evals.features import TextCache
     from clipfix.wise import WiSE
 
     backbone, benchmarks = build(cfg)
@@ -56,7 +58,22 @@ def fit(cfg: DictConfig, folder: Path) -> None:
     scored = copy.deepcopy(backbone)
     method, data = method_and_data(cfg, backbone)  # missing shards are named before anything is scored
     method.config_yaml = OmegaConf.to_yaml(cfg, resolve=True)
-    callbacks = dict(instantiate(cfg.callbacks)) | selection(cfg, folder)
+    scores: dict[str, dict[str, float]] = {}
+    weights: dict[str, str] = {}
+    facts: dict[str, Any] = {}
+    texts: TextCache = {}  # most repairs leave the text tower as it is
+
+    def rate(when: str, trainer: Any) -> None:
+        scored.to(trainer.strategy.root_device)
+        scores[when] = evaluate(scored, benchmarks, texts)
+        if trainer.is_global_zero:
+            weights[when] = weights_hash(scored.model)
+            facts.update(facts or provenance.facts(scored, benchmarks))
+        scored.to("cpu")  # training wants the memory
+
+    # Asked for by a callback, as only then all ranks are there to share the work.
+    before = LambdaCallback(on_fit_start=lambda trainer, _: rate("before", trainer))
+    callbacks = dict(instantiate(cfg.callbacks)) | selection(cfg, folder) | {"before": before}
     watched = callbacks["selection"].benchmarks.values() if "selection" in callbacks else ()
     chosen_by = [source for benchmark in watched for source in benchmark.sources().values()]
     seen = {"data.train": [data.train], "data.selection": [data.selection], "eval.selection": chosen_by}
@@ -66,26 +83,18 @@ def fit(cfg: DictConfig, folder: Path) -> None:
     loggers = list(instantiate(cfg.logger).values())
     trainer = instantiate(cfg.trainer, callbacks=[c for c in callbacks.values() if c is not None], logger=loggers)
 
-    scores: dict[str, dict[str, float]] = {}
-    weights: dict[str, str] = {}
-    facts: dict[str, Any] = {}
-    texts: TextCache = {}  # most repairs leave the text tower as it is
     if trainer.is_global_zero:
         (folder / "config.yaml").write_text(method.config_yaml)
-        scores["before"] = evaluate(scored.to(trainer.strategy.root_device), benchmarks, texts)
-        facts = provenance.facts(scored, benchmarks)
-        weights["before"] = weights_hash(scored.model)
-        scored.to("cpu")  # training wants the memory
     trainer.fit(method, data, ckpt_path=checkpoint_to_resume(cfg.resume, folder), weights_only=True)
 
     last = folder / "checkpoints" / "last.ckpt"
     trainer.save_checkpoint(last)
     best = callbacks["best"].best_model_path if "best" in callbacks else ""
-    chosen = best or str(last)  # a run of no steps never asked which is best: it shows what a method changes at once
+    # A run of no steps never asked which is best: it shows what a method changes at once.
+    chosen = trainer.strategy.broadcast(best or str(last))
+    step = load_repair(scored, chosen)["global_step"]
+    rate("after", trainer)
     if trainer.is_global_zero:
-        step = load_repair(scored, chosen)["global_step"]
-        scores["after"] = evaluate(scored.to(trainer.strategy.root_device), benchmarks, texts)
-        weights["after"] = weights_hash(scored.model)
         facts |= origin(cfg) | asked(cfg)
         facts |= {"weights": weights, "precision": {"scores": "fp32", "training": cfg.trainer.precision}}
         seconds = time.perf_counter() - started
@@ -96,7 +105,7 @@ def fit(cfg: DictConfig, folder: Path) -> None:
 def score(cfg: DictConfig, folder: Path) -> None:
     """Score the backbone, or a checkpoint of an earlier run, without training."""
     started = time.perf_counter()
-    import torch
+    from lightning.fabric import Fabric
 
     from clipfix import provenance, report
     from clipfix.backbone import weights_hash
@@ -106,13 +115,16 @@ def score(cfg: DictConfig, folder: Path) -> None:
     if cfg.data.prepare:
         instantiate(cfg.data.prepare)()
     repair = load_repair(backbone, cfg.checkpoint) if cfg.checkpoint else {}
-    backbone.to("cuda" if torch.cuda.is_available() else "cpu")
-    scores = {"score": evaluate(backbone, benchmarks)}
-    facts = provenance.facts(backbone, benchmarks)
-    facts |= origin(OmegaConf.create(repair["config_yaml"]) if repair else None) | asked(cfg)
-    facts |= {"weights": {"score": weights_hash(backbone.model)}, "precision": {"scores": "fp32"}}
-    facts |= {"checkpoint": cfg.checkpoint, "seed": cfg.seed, "seconds": time.perf_counter() - started}
-    report.write(folder, scores, benchmarks, facts)
+    ranks = Fabric(**{key: cfg.trainer[key] for key in ("accelerator", "devices", "num_nodes") if key in cfg.trainer})
+    ranks.launch()
+    scores = {"score": evaluate(backbone.to(ranks.device), benchmarks)}
+    if ranks.is_global_zero:
+        facts = provenance.facts(backbone, benchmarks)
+        facts |= origin(OmegaConf.create(repair["config_yaml"]) if repair else None) | asked(cfg)
+        facts |= {"weights": {"score": weights_hash(backbone.model)}, "precision": {"scores": "fp32"}}
+        facts |= {"checkpoint": cfg.checkpoint, "seed": cfg.seed, "seconds": time.perf_counter() - started}
+        report.write(folder, scores, benchmarks, facts)
+    ranks.barrier()  # who is done tidies the folder up, while it is empty
 
 
 def compare(cfg: DictConfig, folder: Path) -> None:
@@ -170,7 +182,7 @@ def annotate(cfg: DictConfig, folder: Path) -> None:
 # Each verb with the groups that must be complete for it.
 VERBS = {
     "fit": (fit, ("trainer", "callbacks", "logger", "data", "eval", "diffusion", "method", "backbone")),
-    "eval": (score, ("eval", "backbone")),
+    "eval": (score, ("trainer", "eval", "backbone")),
     "thresholds": (thresholds, ("data", "method", "backbone")),
     "annotate": (annotate, ("trainer", "data", "annotator", "diffusion", "backbone")),
     "prepare": (prepare, ()),  # not even data: its urls may still be open

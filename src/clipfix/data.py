@@ -64,14 +64,24 @@ def decode(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def samples(urls: str | Iterable[str], allow_pipe: bool = False) -> Iterator[dict[str, Any]]:
     """One decoded pass in stored order: {key, image (PIL), txt, json}; for benchmarks and looking around."""
+    return readable(undecoded(urls, allow_pipe))
+
+
+def undecoded(urls: str | Iterable[str], allow_pipe: bool = False) -> Iterator[dict[str, Any]]:
+    """One pass in stored order, as the samples lie in their shards: bytes by suffix."""
     for url in expand(urls, allow_pipe):
-        for raw in read_shard(url):
-            try:
-                sample = decode(raw)
-            except Exception as error:
-                log.warning("%s in %s is broken (%s): skipped", raw["__key__"], url, error)
-                continue
-            yield sample
+        yield from read_shard(url)
+
+
+def readable(raws: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The samples that can be decoded; of each other one, a line in the log."""
+    for raw in raws:
+        try:
+            sample = decode(raw)
+        except Exception as error:
+            log.warning("%s in %s is broken (%s): skipped", raw["__key__"], raw["__url__"], error)
+            continue
+        yield sample
 
 
 def square(image: Image.Image, size: int) -> Float[Tensor, "3 size size"]:

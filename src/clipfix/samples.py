@@ -12,7 +12,8 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from clipfix.data import samples, square
-from clipfix.evals.embed import BATCH, still
+from clipfix.evals.embed import BATCH
+from clipfix.evals.features import still
 from clipfix.evals.gallery import Cell, gallery
 from clipfix.methods.denoise import Denoise, joined_texts
 from clipfix.methods.diva import DIVA

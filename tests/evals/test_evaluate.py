@@ -19,7 +19,7 @@ from planted import Planted, write_shard
 from clipfix import outcomes, scenes
 from clipfix.backbone import Backbone
 from clipfix.evals import Benchmark, evaluate
-from clipfix.evals.embed import embed_texts, scoring
+from clipfix.evals.features import scoring
 from clipfix.evals.retrieval import Retrieval
 from clipfix.evals.selection import Selection
 from clipfix.evals.sets import Source
@@ -128,7 +128,8 @@ def test_bf16_weights_are_scored_in_fp32_and_stay_bf16(backbone):
 
 def test_equal_texts_have_equal_features_and_order_is_kept(backbone):
     texts = ["picture 3", "picture 1", "picture 3"]
-    features = embed_texts(backbone.eval(), texts)
+    with scoring(backbone) as of:
+        features = of.texts(texts)
     assert torch.equal(features[0], features[2])
     assert features.norm(dim=-1).tolist() == pytest.approx([1, 1, 1])
     expected = torch.nn.functional.normalize(backbone.vectors[1], dim=0)

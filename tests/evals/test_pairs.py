@@ -5,7 +5,8 @@ from torch.nn.functional import normalize
 
 from clipfix.backbone import Backbone
 from clipfix.evals import embed
-from clipfix.evals.embed import Local, global_plus_local, scoring
+from clipfix.evals.embed import Local, global_plus_local
+from clipfix.evals.features import scoring
 from clipfix.evals.pairs import Pairs, picks
 
 PATTERNS = ("Orientation and Direction",) * 3 + ("Text",)

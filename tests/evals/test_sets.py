@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 import clipfix.__main__  # noqa: F401  what yaml may ask for
 from clipfix.evals import Benchmark, evaluate, present
 from clipfix.evals.classification import Classification
-from clipfix.evals.embed import scoring
+from clipfix.evals.features import scoring
 from clipfix.evals.foils import Foils
 from clipfix.evals.groups import Groups
 from clipfix.evals.sets import Labelled

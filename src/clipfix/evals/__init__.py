@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from rich.progress import track
 
 from clipfix.backbone import Backbone
-from clipfix.evals.embed import Features, TextCache, scoring
+from clipfix.evals.features import Features, TextCache, rank_of, scoring
 from clipfix.evals.sets import Source
 from clipfix.outcomes import Outcomes
 
@@ -63,11 +63,13 @@ def evaluate(
 ) -> dict[str, float]:
     """`eval/<benchmark>/<metric>` of every benchmark, each shard set embedded once; the backbone is left untouched.
 
+    Every rank that takes part gets the same scores, and embeds its share of the pictures and texts.
     `texts` holds the features of texts from one call to the next, for a text tower that did not change in between.
     """
+    silent = rank_of()[0] > 0
     with scoring(backbone, texts) as features:
         return {
             f"eval/{name}/{metric}": value
-            for name, benchmark in track(benchmarks.items(), "Scoring", len(benchmarks), transient=True)
+            for name, benchmark in track(benchmarks.items(), "Scoring", len(benchmarks), transient=True, disable=silent)
             for metric, value in benchmark.score(features).items()
         }

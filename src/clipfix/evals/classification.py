@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from clipfix.evals import Benchmark
-from clipfix.evals.embed import Features
+from clipfix.evals.features import Features
 from clipfix.evals.sets import Labelled
 from clipfix.evals.zeroshot import places_among
 from clipfix.outcomes import Outcome, Outcomes, each_class_alike

@@ -4,7 +4,8 @@ from collections import defaultdict
 from statistics import fmean
 
 from clipfix.evals import Benchmark
-from clipfix.evals.embed import Features, Shards
+from clipfix.evals.embed import Shards
+from clipfix.evals.features import Features
 from clipfix.outcomes import Outcome, Outcomes
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from clipfix.evals.embed import Features
+from clipfix.evals.features import Features
 from clipfix.evals.pairs import Pairs, picks
 from clipfix.outcomes import Outcome
 

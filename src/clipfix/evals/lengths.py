@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from clipfix.colours import AFTER, BEFORE
 from clipfix.data import Text
 from clipfix.evals import Benchmark
-from clipfix.evals.embed import Features
+from clipfix.evals.features import Features
 from clipfix.evals.retrieval import both_ways
 from clipfix.outcomes import Outcome, Outcomes
 

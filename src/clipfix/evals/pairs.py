@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from clipfix.evals import Benchmark
-from clipfix.evals.embed import Features, Local, Sample, Shards, pictures
+from clipfix.evals.embed import Local, Sample, Shards, pictures
+from clipfix.evals.features import Features
 from clipfix.evals.gallery import Cell, gallery
 from clipfix.outcomes import Outcome, Outcomes
 

@@ -10,7 +10,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from clipfix.evals import Benchmark
-from clipfix.evals.embed import Features
+from clipfix.evals.features import Features
 from clipfix.evals.labels import labels
 from clipfix.outcomes import Outcome, Outcomes, each_class_alike
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from clipfix.data import Text
 from clipfix.evals import Benchmark
-from clipfix.evals.embed import Features, Shards, pictures
+from clipfix.evals.embed import Shards, pictures
+from clipfix.evals.features import Features
 from clipfix.evals.gallery import Cell, gallery
 from clipfix.evals.ranks import ranks
 from clipfix.outcomes import Outcome, Outcomes

@@ -6,7 +6,7 @@ import lightning as L
 
 from clipfix.backbone import Backbone
 from clipfix.evals import Benchmark
-from clipfix.evals.embed import scoring
+from clipfix.evals.features import scoring
 
 
 class Selection(L.Callback):

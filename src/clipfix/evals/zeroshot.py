@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clipfix.evals import Benchmark
-from clipfix.evals.embed import Features
+from clipfix.evals.features import Features
 from clipfix.evals.labels import alone, labels
 from clipfix.evals.ranks import ranks
 from clipfix.outcomes import Outcome, Outcomes
