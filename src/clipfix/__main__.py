@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def fit(cfg: DictConfig, folder: Path) -> None:
     texts: TextCache = {}  # most repairs leave the text tower as it is
     if trainer.is_global_zero:
         (folder / "config.yaml").write_text(method.config_yaml)
+        report.describe(config_and_choices(cfg), loggers)
         scores["before"] = evaluate(scored.to(trainer.strategy.root_device), benchmarks, texts)
         facts = provenance.facts(scored, benchmarks)
         weights["before"] = weights_hash(scored.model)
@@ -125,8 +127,24 @@ def compare(cfg: DictConfig, folder: Path) -> None:
         from clipfix import report
 
         logger = instantiate(cfg.logger.wandb, name="compare", group="compare")
+        report.describe({"compare": OmegaConf.to_container(cfg.compare)}, [logger])
         for path in pictures:
             report.show(f"compare/{path.stem}", path, [logger])
+
+
+def workspace(cfg: DictConfig, folder: Path) -> None:
+    """Save the W&B workspace that clipfix/workspace.py defines, for the benchmarks of `eval`, as a new view."""
+    if "wandb" not in cfg.logger:
+        raise ValueError("run=workspace is saved to W&B: leave logger=wandb as it is.")
+    if find_spec("wandb_workspaces") is None:
+        raise ValueError("run=workspace needs wandb-workspaces, which is not installed: pip install 'clipfix[workspace]'")
+    if wandb_mode() != "online":
+        raise ValueError("run=workspace saves to W&B, where nobody is logged in: run `wandb login`, or set WANDB_API_KEY.")
+    from clipfix.workspace import workspace
+
+    watched, metric = cfg.eval.selection or (), cfg.eval.selection_metric
+    view = workspace(cfg.logger.wandb.entity, cfg.logger.wandb.project, list(cfg.eval.benchmarks), list(watched), metric)
+    print(f"Workspace: {view.save().url}")
 
 
 def prepare(cfg: DictConfig, folder: Path) -> None:
@@ -175,6 +193,7 @@ VERBS = {
     "annotate": (annotate, ("trainer", "data", "annotator", "diffusion", "backbone")),
     "prepare": (prepare, ()),  # not even data: its urls may still be open
     "compare": (compare, ("compare",)),
+    "workspace": (workspace, ("logger",)),
 }
 
 
@@ -252,6 +271,13 @@ def origin(trained: DictConfig | None) -> dict[str, Any]:
         data = {key: trained.data[key] for key in ("batch_size", "texts", "prepare")}
         by["recipe"] = portable({"method": trained.method, "data": data, "wise": trained.get("wise")}, elsewhere)
     return {"backbone": HydraConfig.get().runtime.choices["backbone"], **by}
+
+
+def config_and_choices(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved config, and under `choices` the name of each group's choice, which a method's config does not say."""
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    choices = HydraConfig.get().runtime.choices
+    return {"choices": {group: name for group, name in choices.items() if not group.startswith("hydra/")}} | config
 
 
 def asked(cfg: DictConfig) -> dict[str, Any]:
