@@ -3,6 +3,8 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +25,23 @@ class Stored:
     summary: dict[str, Any]
     files: Path
 
-    def scalars(self, name: str) -> list[tuple[int, float]]:
-        """(optimizer step, value) of every row that has it."""
-        return [(row["trainer/global_step"], row[name]) for row in self.history if name in row]
+    def scalars(self, name: str) -> dict[int, float]:
+        """Its value by optimizer step; the last one where a step has several."""
+        return {row["trainer/global_step"]: row[name] for row in self.history if name in row}
 
     def media(self, name: str) -> list[Path]:
         """The files behind a picture or a table, those of its last row."""
         last = [row[name] for row in self.history if name in row][-1]
         return [self.files / path for path in last.get("filenames") or [last["path"]]]
 
-    def prefixes(self) -> set[str]:
+    def names(self) -> set[str]:
         """Of all that was logged, but for what Lightning and W&B count by."""
         counted = {"epoch", "trainer/global_step"}
-        return {name.split("/")[0] for row in self.history for name in row if name[0] != "_" and name not in counted}
+        return {name for row in self.history for name in row if name[0] != "_" and name not in counted}
+
+    def at(self, key: str) -> Any:
+        """The value of a nested key of the config, as in `method.optimizer.lr`."""
+        return reduce(getitem, key.split("."), self.config)
 
 
 def stored(folder: Path) -> Stored:

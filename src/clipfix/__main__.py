@@ -137,13 +137,17 @@ def workspace(cfg: DictConfig, folder: Path) -> None:
     if "wandb" not in cfg.logger:
         raise ValueError("run=workspace is saved to W&B: leave logger=wandb as it is.")
     if find_spec("wandb_workspaces") is None:
-        raise ValueError("run=workspace needs wandb-workspaces, which is not installed: pip install 'clipfix[workspace]'")
+        raise ValueError("run=workspace needs a package that is not installed: pip install 'clipfix[workspace]'")
     if wandb_mode() != "online":
-        raise ValueError("run=workspace saves to W&B, where nobody is logged in: run `wandb login`, or set WANDB_API_KEY.")
+        raise ValueError("W&B is offline here, and run=workspace saves to it: `wandb login`, or set WANDB_API_KEY.")
+    import wandb
+
     from clipfix.workspace import workspace
 
-    watched, metric = cfg.eval.selection or (), cfg.eval.selection_metric
-    view = workspace(cfg.logger.wandb.entity, cfg.logger.wandb.project, list(cfg.eval.benchmarks), list(watched), metric)
+    to, watched = cfg.logger.wandb, list(cfg.eval.selection or ())
+    if not (entity := to.entity or wandb.Api().default_entity):
+        raise ValueError("W&B knows no default entity of yours: name a user or team, as in logger.wandb.entity=...")
+    view = workspace(entity, to.project, list(cfg.eval.benchmarks), watched, cfg.eval.selection_metric)
     print(f"Workspace: {view.save().url}")
 
 
@@ -274,7 +278,7 @@ def origin(trained: DictConfig | None) -> dict[str, Any]:
 
 
 def config_and_choices(cfg: DictConfig) -> dict[str, Any]:
-    """The resolved config, and under `choices` the name of each group's choice, which a method's config does not say."""
+    """The resolved config, and under `choices` what was chosen of each group: a method's config has not its name."""
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     choices = HydraConfig.get().runtime.choices
     return {"choices": {group: name for group, name in choices.items() if not group.startswith("hydra/")}} | config

@@ -23,7 +23,7 @@ DRAWN = ("train", "val", "denoising", "drift", "positives", "selection", "perf")
 
 
 def describe(config: Mapping[str, Any], loggers: Sequence[Logger]) -> None:
-    """The config of a run, nested as it is, where W&B can group and filter runs by it; csv has config.yaml beside it."""
+    """The config of a run, nested as it is, for W&B to group and filter by; the csv file has config.yaml beside it."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger.log_hyperparams(dict(config))

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import wandb
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 
@@ -15,13 +14,13 @@ OVER_SEEDS: dict[str, Any] = {"groupby_aggfunc": "mean", "groupby_rangefunc": "s
 
 
 def workspace(
-    entity: str | None, project: str, scored: Sequence[str], watched: Sequence[str], selected_by: str | None
+    entity: str, project: str, scored: Sequence[str], watched: Sequence[str], selected_by: str | None
 ) -> ws.Workspace:
     """Of a project whose runs are `scored` by these benchmarks, and `watched` by these while they train.
 
-    `entity` is a user or a team, None the default one of whoever is logged in; `selected_by` chooses the checkpoint.
+    `entity` is a user or a team; `selected_by` is the metric of the selection split that chooses the checkpoint.
     """
-    sections = {
+    sections: dict[str, list[Any]] = {
         "selection": [
             *([lines(selected_by, f"selection/{selected_by}")] if selected_by else []),
             *(every(name, f"^selection/{name}/") for name in watched),
@@ -51,7 +50,7 @@ def workspace(
     }
     first = ("selection", "eval", "report")
     return ws.Workspace(
-        entity=entity or wandb.Api().default_entity,
+        entity=entity,
         project=project,
         name="clipfix",
         sections=[ws.Section(name=name, panels=panels, is_open=name in first) for name, panels in sections.items()],
