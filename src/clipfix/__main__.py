@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ def fit(cfg: DictConfig, folder: Path) -> None:
 
     if trainer.is_global_zero:
         (folder / "config.yaml").write_text(method.config_yaml)
+        report.describe(config_and_choices(cfg), loggers)
     trainer.fit(method, data, ckpt_path=checkpoint_to_resume(cfg.resume, folder), weights_only=True)
 
     last = folder / "checkpoints" / "last.ckpt"
@@ -137,8 +139,28 @@ def compare(cfg: DictConfig, folder: Path) -> None:
         from clipfix import report
 
         logger = instantiate(cfg.logger.wandb, name="compare", group="compare")
+        report.describe({"compare": OmegaConf.to_container(cfg.compare)}, [logger])
         for path in pictures:
             report.show(f"compare/{path.stem}", path, [logger])
+
+
+def workspace(cfg: DictConfig, folder: Path) -> None:
+    """Save the W&B workspace that clipfix/workspace.py defines, for the benchmarks of `eval`, as a new view."""
+    if "wandb" not in cfg.logger:
+        raise ValueError("run=workspace is saved to W&B: leave logger=wandb as it is.")
+    if find_spec("wandb_workspaces") is None:
+        raise ValueError("run=workspace needs a package that is not installed: pip install 'clipfix[workspace]'")
+    if wandb_mode() != "online":
+        raise ValueError("W&B is offline here, and run=workspace saves to it: `wandb login`, or set WANDB_API_KEY.")
+    import wandb
+
+    from clipfix.workspace import workspace
+
+    to, watched = cfg.logger.wandb, list(cfg.eval.selection or ())
+    if not (entity := to.entity or wandb.Api().default_entity):
+        raise ValueError("W&B knows no default entity of yours: name a user or team, as in logger.wandb.entity=...")
+    view = workspace(entity, to.project, list(cfg.eval.benchmarks), watched, cfg.eval.selection_metric)
+    print(f"Workspace: {view.save().url}")
 
 
 def prepare(cfg: DictConfig, folder: Path) -> None:
@@ -187,6 +209,7 @@ VERBS = {
     "annotate": (annotate, ("trainer", "data", "annotator", "diffusion", "backbone")),
     "prepare": (prepare, ()),  # not even data: its urls may still be open
     "compare": (compare, ("compare",)),
+    "workspace": (workspace, ("logger",)),
 }
 
 
@@ -264,6 +287,13 @@ def origin(trained: DictConfig | None) -> dict[str, Any]:
         data = {key: trained.data[key] for key in ("batch_size", "texts", "prepare")}
         by["recipe"] = portable({"method": trained.method, "data": data, "wise": trained.get("wise")}, elsewhere)
     return {"backbone": HydraConfig.get().runtime.choices["backbone"], **by}
+
+
+def config_and_choices(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved config, and under `choices` what was chosen of each group: a method's config has not its name."""
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    choices = HydraConfig.get().runtime.choices
+    return {"choices": {group: name for group, name in choices.items() if not group.startswith("hydra/")}} | config
 
 
 def asked(cfg: DictConfig) -> dict[str, Any]:

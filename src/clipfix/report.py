@@ -22,6 +22,13 @@ Scores = dict[str, float]
 DRAWN = ("train", "val", "denoising", "drift", "positives", "selection", "perf")  # of what is logged, in this order
 
 
+def describe(config: Mapping[str, Any], loggers: Sequence[Logger]) -> None:
+    """The config of a run, nested as it is, for W&B to group and filter by; the csv file has config.yaml beside it."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_hyperparams(dict(config))
+
+
 def write(
     folder: Path,
     scores: dict[str, Scores],
@@ -47,7 +54,7 @@ def write(
             for column, values in scores.items():
                 logger.log_metrics(values, step=0 if column == "before" else facts["step"])
             logger.log_table(
-                "report/scores", columns=["score", *scores], data=[[row, *values] for row, values in rows(scores)]
+                "report/before_after", columns=["score", *scores], data=[[row, *values] for row, values in rows(scores)]
             )
     Console().print(table(scores))
     Console().print(

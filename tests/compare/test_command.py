@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from runs import run
+from wandb_runs import stored
 
 from clipfix.__main__ import main, named
+from clipfix.workspace import workspace
 
 
 @pytest.fixture
@@ -54,6 +56,12 @@ def test_pictures_go_to_wandb(clipfix, tmp_path):
     assert [path.name.split("_")[0] for path in logged] == ["forgetting", "lengths", "radar"]
     with Image.open(logged[0]) as image:
         assert min(image.size) > 400
+    kept = stored(logged[0].parents[6])
+    assert kept.config["compare"]["results"] == ["a0", "a1"]
+    assert kept.names() == {"compare/forgetting", "compare/lengths", "compare/radar"}
+    assert kept.media("compare/forgetting") == [logged[0]]
+    (section,) = (each for each in workspace("me", "clipfix", [], [], None).sections if each.name == "compare")
+    assert kept.names() <= {key for panel in section.panels for key in panel.media_keys}
 
 
 @pytest.mark.parametrize(

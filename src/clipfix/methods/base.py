@@ -196,7 +196,10 @@ class Method(L.LightningModule, ABC):
         optimizer = getattr(torch.optim, settings.pop("name"))(groups, **settings)
         optimizer.register_step_post_hook(self.restore_rows)
         schedule = LambdaLR(optimizer, factors)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "optimizer/lr"},
+        }
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """A weight without a gradient is one that no optimizer touches, by decay or momentum either."""
