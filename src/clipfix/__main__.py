@@ -45,13 +45,13 @@ HARMLESS = (
 def fit(cfg: DictConfig, folder: Path) -> None:
     """Score, train, score what the selection split prefers, report."""
     started = time.perf_counter()
+    backbone, benchmarks = build(cfg)
     from clipfix import provenance, report
     from clipfix.backbone import weights_hash
     from clipfix.evals import evaluate
     from clipfix.evals.embed import TextCache
     from clipfix.wise import WiSE
 
-    backbone, benchmarks = build(cfg)
     # What is scored, before and with the repair loaded. A method may rebuild its own backbone: Long-CLIP, LoRA.
     scored = copy.deepcopy(backbone)
     method, data = method_and_data(cfg, backbone)  # missing shards are named before anything is scored
@@ -96,14 +96,14 @@ def fit(cfg: DictConfig, folder: Path) -> None:
 def score(cfg: DictConfig, folder: Path) -> None:
     """Score the backbone, or a checkpoint of an earlier run, without training."""
     started = time.perf_counter()
+    backbone, benchmarks = build(cfg)
     import torch
 
     from clipfix import provenance, report
     from clipfix.backbone import weights_hash
     from clipfix.evals import evaluate
 
-    backbone, benchmarks = build(cfg)
-    if cfg.data.prepare:
+    if cfg.data.prepare and cfg.data.prepare.root in str(asked(cfg)):  # a benchmark reads what it makes
         instantiate(cfg.data.prepare)()
     repair = load_repair(backbone, cfg.checkpoint) if cfg.checkpoint else {}
     backbone.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -179,10 +179,15 @@ VERBS = {
 
 
 def build(cfg: DictConfig) -> tuple[Any, dict[str, Any]]:
-    """What every verb that scores starts from: the backbone, and those benchmarks whose data is there."""
-    from clipfix.evals import present
+    """What every verb that scores starts from: the backbone, and those benchmarks whose data is there.
 
-    benchmarks = present(instantiate(cfg.eval.benchmarks))
+    Published data is looked for by its own settings: what is missing is named before torch is imported.
+    """
+    from clipfix.sets import present
+
+    wanted = dict(cfg.eval.benchmarks)
+    published = {name: instantiate(one.shards) for name, one in wanted.items() if OmegaConf.is_dict(one.get("shards"))}
+    benchmarks = {name: instantiate(one) for name, one in present(wanted, published).items()}
     return start(cfg), benchmarks
 
 

@@ -22,7 +22,7 @@ from clipfix.evals import Benchmark, evaluate
 from clipfix.evals.embed import embed_texts, scoring
 from clipfix.evals.retrieval import Retrieval
 from clipfix.evals.selection import Selection
-from clipfix.evals.sets import Source
+from clipfix.sets import Source
 
 CONF = Path(__file__).parents[2] / "conf" / "eval"
 

@@ -16,14 +16,14 @@ from sklearn.metrics import accuracy_score, top_k_accuracy_score
 from torch.nn.functional import normalize
 
 import clipfix.__main__  # noqa: F401  what yaml may ask for
-from clipfix.evals import Benchmark, evaluate, present
+from clipfix.evals import Benchmark, evaluate
 from clipfix.evals.classification import Classification
 from clipfix.evals.embed import scoring
 from clipfix.evals.foils import Foils
 from clipfix.evals.groups import Groups
-from clipfix.evals.sets import Labelled
-from clipfix.evals.sets.mmvp import SPELLINGS
 from clipfix.provenance import data_hash
+from clipfix.sets import Labelled, present
+from clipfix.sets.mmvp import SPELLINGS
 
 CONF = Path(__file__).parents[2] / "conf" / "eval"
 PUBLISHED = OmegaConf.load(CONF / "published.yaml").defaults[:-1]
@@ -50,6 +50,11 @@ def benchmarks(root: Path, *names: str) -> dict[str, Benchmark]:
                     benchmark.shards[key] = value
         found |= instantiate(cfg.eval.benchmarks)
     return found
+
+
+def there(found: dict[str, Benchmark]) -> dict[str, Benchmark]:
+    """Those whose data is there."""
+    return present(found, {name: benchmark.shards for name, benchmark in found.items()})
 
 
 def planted(truth: layouts.Truth, sign: int = 1, images: torch.Tensor | None = None) -> Planted:
@@ -86,12 +91,12 @@ BLIND = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_planted_answers(name, tmp_path):
     truth = getattr(layouts, name)(tmp_path)
-    there = present(benchmarks(tmp_path, name))
-    assert set(BLIND[name]) == set(there) - {"mmvp_local"}  # by a rule of its own: tests/evals/test_pairs.py
-    perfect = evaluate(planted(truth), there)
-    reversed_ = evaluate(planted(truth, sign=-1), there)
-    blind = evaluate(planted(truth, images=torch.ones(PICTURES, PICTURES)), there)
-    assert all(Path(file).is_file() for benchmark in there.values() for file in benchmark.shards.files())
+    found = there(benchmarks(tmp_path, name))
+    assert set(BLIND[name]) == set(found) - {"mmvp_local"}  # by a rule of its own: tests/evals/test_pairs.py
+    perfect = evaluate(planted(truth), found)
+    reversed_ = evaluate(planted(truth, sign=-1), found)
+    blind = evaluate(planted(truth, images=torch.ones(PICTURES, PICTURES)), found)
+    assert all(Path(file).is_file() for benchmark in found.values() for file in benchmark.shards.files())
     for benchmark, expected in BLIND[name].items():
         metrics = {key for key in perfect if key.startswith(f"eval/{benchmark}/") and not key.endswith("/ties")}
         assert metrics >= {f"eval/{benchmark}/{metric}" for metric in expected if metric != "ties"}
@@ -104,7 +109,7 @@ def test_planted_answers(name, tmp_path):
 @pytest.mark.parametrize("name", ["docci", "vtab"])
 def test_one_changed_picture_is_another_hash(name, tmp_path):
     getattr(layouts, name)(tmp_path)
-    (benchmark, *_) = present(benchmarks(tmp_path, name)).values()
+    (benchmark, *_) = there(benchmarks(tmp_path, name)).values()
     before = data_hash(benchmark.sources())
     last = Path(benchmark.shards.files()[-1])
     last.write_bytes(last.read_bytes() + b"\0")
@@ -123,17 +128,17 @@ def test_mmvp_has_many_spellings(pictures, blank, tmp_path):
 def test_pictures_that_several_sets_share_are_embedded_once(tmp_path):
     truth = layouts.sugarcrepe(tmp_path) | layouts.coco(tmp_path) | layouts.flickr30k(tmp_path)
     backbone = planted(truth)
-    scores = evaluate(backbone, present(benchmarks(tmp_path, "coco", "flickr30k", "sugarcrepe")))
+    scores = evaluate(backbone, there(benchmarks(tmp_path, "coco", "flickr30k", "sugarcrepe")))
     assert {score for name, score in scores.items() if not name.endswith("ties")} == {100}
     assert backbone.seen == 12 + 12 + 24
 
 
 def test_the_figures_show_pictures_from_their_files(tmp_path):
     truth = layouts.mmvp(tmp_path) | layouts.coco(tmp_path)
-    there = present(benchmarks(tmp_path, "mmvp", "coco"))
-    evaluate(planted(truth), there)
-    assert len(there["mmvp"].figure(["score"]).axes) >= 4
-    assert len(there["coco_val2017"].figure(["score"]).axes) == 12
+    found = there(benchmarks(tmp_path, "mmvp", "coco"))
+    evaluate(planted(truth), found)
+    assert len(found["mmvp"].figure(["score"]).axes) >= 4
+    assert len(found["coco_val2017"].figure(["score"]).axes) == 12
 
 
 # -- what is not there, or not as it should be -------------------------------------------------------------------------
@@ -142,10 +147,10 @@ def test_the_figures_show_pictures_from_their_files(tmp_path):
 def test_a_missing_set_is_skipped_with_what_to_fetch_and_none_at_all_is_an_error(tmp_path, capsys):
     everything = benchmarks(tmp_path, *PUBLISHED)
     with pytest.raises(ValueError, match=r"no data to score in eval\.root.*Questions.csv.*\d+ more") as error:
-        present(everything)
+        there(everything)
     assert len(str(error.value).splitlines()) == 1
     layouts.urban1k(tmp_path)
-    assert set(present(everything)) == {"urban1k"}
+    assert set(there(everything)) == {"urban1k"}
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(everything) - 1
     assert all(line.startswith("Skipped ") and str(tmp_path) in line for line in lines)
@@ -153,7 +158,7 @@ def test_a_missing_set_is_skipped_with_what_to_fetch_and_none_at_all_is_an_error
     assert "flickr30k-images" in flickr
     assert "4.4 GB" in flickr
     with pytest.raises(ValueError, match=r"urban1k: there is no .*Urban1k/image.*Fetch Urban1k\.zip"):
-        present(benchmarks(tmp_path / "elsewhere", "urban1k"))
+        there(benchmarks(tmp_path / "elsewhere", "urban1k"))
 
 
 def test_published_is_all_of_them_under_one_root():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipfix.evals.sets import Source
+from clipfix.sets import Source
 
 SPELLINGS = ("MLLM_VLM Images", "MLLM_VLM_Images", "MMVP_VLM_Images")  # MMVP's and DIVA's scripts, MMVP's read-me
 

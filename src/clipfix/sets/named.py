@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from clipfix.evals.sets import Labelled, inside
+from clipfix.sets import Labelled, inside
 
 
 @dataclass(frozen=True)
