@@ -16,13 +16,16 @@ from sklearn.metrics import accuracy_score, top_k_accuracy_score
 from torch.nn.functional import normalize
 
 import clipfix.__main__  # noqa: F401  what yaml may ask for
+from clipfix.compare.figures import PATTERNS as RADAR
 from clipfix.evals import Benchmark, evaluate
 from clipfix.evals.classification import Classification
 from clipfix.evals.embed import scoring
 from clipfix.evals.foils import Foils
 from clipfix.evals.groups import Groups
+from clipfix.evals.multilabel import MultiLabel
 from clipfix.provenance import data_hash
 from clipfix.sets import Labelled, present
+from clipfix.sets.mmvp import PATTERNS as MMVP_PATTERNS
 from clipfix.sets.mmvp import SPELLINGS
 
 CONF = Path(__file__).parents[2] / "conf" / "eval"
@@ -70,7 +73,7 @@ SIX = {"acc1": 100 / 6, "mean_per_class_recall": 100 / 6, "acc5": 500 / 6}
 TWELVE = {"image_to_text_R@1": 100 / 12}
 ONE_EACH = TWELVE | {"text_to_image_R@1": 100 / 12, "text_to_image_R@10": 1000 / 12, "image_to_text_R@10": 1000 / 12}
 BLIND = {
-    "mmvp": {"mmvp": {"mean": 0, "text": 0, "camera_perspective": 0, "ties": 6}},
+    "mmvp": {"mmvp": {"mean": 0, "text": 0, "viewpoint_and_perspective": 0, "ties": 6}},
     "urban1k": {"urban1k": ONE_EACH},
     "sharegpt4v_1k": {"sharegpt4v_1k": ONE_EACH},
     "docci": {"docci": ONE_EACH},
@@ -104,6 +107,27 @@ def test_planted_answers(name, tmp_path):
         assert {key: reversed_[key] for key in metrics} == dict.fromkeys(metrics, 0)
         assert {metric: blind[f"eval/{benchmark}/{metric}"] for metric in expected} == pytest.approx(expected)
         assert perfect.get(f"eval/{benchmark}/ties", 0) == reversed_.get(f"eval/{benchmark}/ties", 0) == 0
+
+
+def test_several_classes_a_picture(tmp_path):
+    """A blind model scores the share of pictures that show a class, and a reversed one as little as there is."""
+    truth = layouts.voc2007(tmp_path)
+    (ask,) = there(benchmarks(tmp_path, "vtab")).values()
+    (shown,) = {len(pictures) for pictures in truth.values()}
+
+    def score(model):
+        return ask(model)["mean_average_precision"]
+
+    assert score(planted(truth)) == pytest.approx(100)
+    assert score(planted(truth, images=torch.ones(PICTURES, PICTURES))) == pytest.approx(100 * shown / 12)
+    last = [(n + 1) / (12 - shown + n + 1) for n in range(shown)]  # precision where each of them is found
+    uneven = torch.eye(PICTURES)
+    uneven[:, NOTHING] += torch.arange(PICTURES) / 100  # no two pictures score the same
+    assert score(planted(truth, sign=-1, images=uneven)) == pytest.approx(100 * sum(last) / shown)
+
+
+def test_patterns_are_named_as_the_radar_names_them():
+    assert [name.lower().replace(" ", "_") for name in MMVP_PATTERNS.values()] == list(RADAR)
 
 
 @pytest.mark.parametrize("name", ["docci", "vtab"])
@@ -261,6 +285,28 @@ def test_classification_is_clip_benchmarks():
     }
     assert Classification(source)(backbone) == pytest.approx({name: 100 * score for name, score in expected.items()})
     assert 0 < expected["acc1"] < expected["acc5"] < 1
+
+
+def test_mean_average_precision_is_clip_benchmarks_without_ties():
+    theirs = pytest.importorskip("clip_benchmark.metrics.zeroshot_classification").average_precision_per_class
+    labels = torch.randint(0, 2, (60, 9), generator=torch.Generator().manual_seed(3))
+    source = rows(*({"label": label} for label in labels.tolist()))
+    backbone = random_model(3, [f"a class {i}" for i in range(9)]).eval()
+    scores = normalize(backbone.images[:60], dim=-1) @ normalize(backbone.vectors, dim=-1).T
+    expected = 100 * theirs(scores, labels).mean().item()
+    assert MultiLabel(source)(backbone)["mean_average_precision"] == pytest.approx(expected)
+    assert 40 < expected < 65  # half of the pictures show a class
+
+
+def test_vtab_plus_is_whole():
+    """Every data set that clip_benchmark counts in, by its own name or that of another eval of the same set."""
+    builder = pytest.importorskip("clip_benchmark.datasets.builder")
+    wanted = {name.rpartition("/")[2].replace("-", "_") for name in builder.dataset_collection["vtab+"]}
+    others = {"imagenet1k": "imagenet", "imagenetv2": "imagenet_v2"}
+    evals = {
+        name for group in ("vtab", "imagenet", "cifar") for name in OmegaConf.load(CONF / f"{group}.yaml").benchmarks
+    }
+    assert {others.get(name, name) for name in wanted} == evals
 
 
 def selection(backbone, pictures: list[list[int]], texts: list[list[str]]) -> dict[str, float]:

@@ -77,7 +77,7 @@ class Source(ABC):
 
 @dataclass(frozen=True)
 class Labelled(Source):
-    """A source whose json holds `label`, a number into `classes()`."""
+    """A source whose json holds `label`, a number into `classes()`, or for each of them 1 or 0."""
 
     @abstractmethod
     def classes(self) -> Sequence[str]:
