@@ -9,7 +9,8 @@ from typing import Any
 from clipfix.sets import Source
 
 # As Questions.csv and the folders have them -> as the paper has them, and with it the drawn world and the radar.
-# Source: scripts/evaluate_vlm.py, which names each run of 15 pairs, but three of the patterns by other words.
+# Source: scripts/evaluate_vlm.py, which names each run of 15 pairs, but three of the patterns by other words; the names
+# in the file as public code that reads it has them.
 PATTERNS = {
     "Orientation": "Orientation and Direction",
     "Presence": "Presence of Specific Features",
