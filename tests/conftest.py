@@ -9,7 +9,7 @@ from jaxtyping import install_import_hook
 
 os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 install_import_hook(
-    ["clipfix.functional", "clipfix.methods", "clipfix.evals", "clipfix.data", "clipfix.shards", "clipfix.packed"],
+    [f"clipfix.{name}" for name in ("functional", "methods", "evals", "sets", "data", "shards", "packed")],
     "beartype.beartype",
 )
 

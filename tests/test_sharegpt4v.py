@@ -49,7 +49,7 @@ def corpus(tmp_path: Path) -> dict[str, Path]:
     (tmp_path / "images/llava/llava_pretrain/images/14.JPG").write_bytes(b"<html>404</html>")  # training skips it
     (tmp_path / "images/llava/llava_pretrain/images/19.png").unlink()
     (tmp_path / "records.json").write_text(json.dumps(records))
-    return {"records": tmp_path / "records.json", "images": tmp_path / "images", "folder": tmp_path / "out" / "shards"}
+    return {"records": tmp_path / "records.json", "images": tmp_path / "images", "root": tmp_path / "out" / "shards"}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -99,8 +99,8 @@ def test_without_a_held_out_picture_it_says_how_to_train(corpus: dict[str, Path]
 def test_a_stopped_run_goes_on_to_the_same_bytes(
     stop: int, threads: int, corpus: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = contents(prepare(**corpus | {"folder": tmp_path / "whole"}, **NUMBERS))
-    folder, numbers = corpus["folder"], NUMBERS | {"threads": threads}
+    whole = contents(prepare(**corpus | {"root": tmp_path / "whole"}, **NUMBERS))
+    folder, numbers = corpus["root"], NUMBERS | {"threads": threads}
     add, added = tarfile.TarFile.addfile, 0
 
     def full(tar: Any, member: Any, content: Any) -> None:
@@ -123,7 +123,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
 
 
 def test_a_process_killed_while_writing_leaves_whole_shards(corpus: dict[str, Path], tmp_path: Path) -> None:
-    whole = contents(prepare(**corpus | {"folder": tmp_path / "whole"}, **NUMBERS))
+    whole = contents(prepare(**corpus | {"root": tmp_path / "whole"}, **NUMBERS))
     script = (
         "import os, sys, tarfile\n"
         "from clipfix.sharegpt4v import prepare\n"
@@ -137,7 +137,7 @@ def test_a_process_killed_while_writing_leaves_whole_shards(corpus: dict[str, Pa
     )
     died = subprocess.run([sys.executable, "-c", script, *map(str, corpus.values())], capture_output=True, check=False)
     assert died.returncode == -9, died.stderr
-    left = contents(corpus["folder"])
+    left = contents(corpus["root"])
     assert any(name.endswith(".part") for name in left)
     assert all(whole[name] == content for name, content in left.items() if not name.endswith(".part"))
     assert contents(prepare(**corpus, **NUMBERS)) == whole
@@ -163,7 +163,7 @@ def test_a_folder_begun_otherwise_is_refused(corpus: dict[str, Path]) -> None:
 
 
 def test_without_records_it_uses_the_shards_that_are_there(corpus: dict[str, Path], caplog: Any) -> None:
-    later = {"records": None, "images": None, "folder": corpus["folder"]}
+    later = {"records": None, "images": None, "root": corpus["root"]}
     with pytest.raises(
         ValueError, match=r"no ShareGPT4V shards .* run=prepare data=sharegpt4v data\.prepare\.records="
     ):
@@ -171,7 +171,7 @@ def test_without_records_it_uses_the_shards_that_are_there(corpus: dict[str, Pat
     before = contents(prepare(**corpus, **NUMBERS))
     assert contents(prepare(**later, **NUMBERS)) == before
     assert not caplog.messages
-    (corpus["folder"] / "train-00002.json").unlink()
+    (corpus["root"] / "train-00002.json").unlink()
     prepare(**later, **NUMBERS)
     assert "has 7 of 8 shards" in caplog.text
 
@@ -204,7 +204,7 @@ def test_mistakes_are_told_before_anything_is_written(change: Any, message: str,
     change(corpus)
     with pytest.raises(ValueError, match=message):
         prepare(**corpus, **NUMBERS)
-    assert not corpus["folder"].exists()
+    assert not corpus["root"].exists()
 
 
 def test_pictures_in_the_wrong_place_are_told(corpus: dict[str, Path]) -> None:

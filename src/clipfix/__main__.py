@@ -46,6 +46,7 @@ HARMLESS = (
 def fit(cfg: DictConfig, folder: Path) -> None:
     """Score, train, score what the selection split prefers, report."""
     started = time.perf_counter()
+    backbone, benchmarks = build(cfg)
     from lightning.pytorch.callbacks import LambdaCallback
 
     from clipfix import provenance, report
@@ -54,7 +55,6 @@ def fit(cfg: DictConfig, folder: Path) -> None:
     from clipfix.evals.features import TextCache
     from clipfix.wise import WiSE
 
-    backbone, benchmarks = build(cfg)
     # What is scored, before and with the repair loaded. A method may rebuild its own backbone: Long-CLIP, LoRA.
     scored = copy.deepcopy(backbone)
     method, data = method_and_data(cfg, backbone)  # missing shards are named before anything is scored
@@ -107,14 +107,14 @@ def fit(cfg: DictConfig, folder: Path) -> None:
 def score(cfg: DictConfig, folder: Path) -> None:
     """Score the backbone, or a checkpoint of an earlier run, without training."""
     started = time.perf_counter()
+    backbone, benchmarks = build(cfg)
     from lightning.fabric import Fabric
 
     from clipfix import provenance, report
     from clipfix.backbone import weights_hash
     from clipfix.evals import evaluate
 
-    backbone, benchmarks = build(cfg)
-    if cfg.data.prepare:
+    if cfg.data.prepare and cfg.data.prepare.root in str(asked(cfg)):  # a benchmark reads what it makes
         instantiate(cfg.data.prepare)()
     repair = load_repair(backbone, cfg.checkpoint) if cfg.checkpoint else {}
     ranks = Fabric(**{key: cfg.trainer[key] for key in ("accelerator", "devices", "num_nodes") if key in cfg.trainer})
@@ -214,10 +214,15 @@ VERBS = {
 
 
 def build(cfg: DictConfig) -> tuple[Any, dict[str, Any]]:
-    """What every verb that scores starts from: the backbone, and those benchmarks whose data is there."""
-    from clipfix.evals import present
+    """What every verb that scores starts from: the backbone, and those benchmarks whose data is there.
 
-    benchmarks = present(instantiate(cfg.eval.benchmarks))
+    Published data is looked for by its own settings: what is missing is named before torch is imported.
+    """
+    from clipfix.sets import present
+
+    wanted = dict(cfg.eval.benchmarks)
+    published = {name: instantiate(one.shards) for name, one in wanted.items() if OmegaConf.is_dict(one.get("shards"))}
+    benchmarks = {name: instantiate(one) for name, one in present(wanted, published).items()}
     return start(cfg), benchmarks
 
 

@@ -52,7 +52,7 @@ class Shard(NamedTuple):
 def prepare(
     records: str | Path | None,
     images: str | Path | None,
-    folder: str | Path,
+    root: str | Path,
     held_out: int,
     records_per_shard: int,
     threads: int,
@@ -61,13 +61,13 @@ def prepare(
 
     Without `records` nothing is written: training then uses the shards that an earlier run made.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(root).expanduser()
     if records is None:
         if not any(folder.glob("train-*.tar")):
             raise ValueError(
                 f"no ShareGPT4V shards in {folder}: make them with `python -m clipfix run=prepare data=sharegpt4v "
                 "data.prepare.records=/path/to/share-captioner_coco_lcs_sam_1246k_1107.json "
-                "data.prepare.images=/path/to/images`; if they lie elsewhere, data.prepare.folder=/there, "
+                "data.prepare.images=/path/to/images`; if they lie elsewhere, data.prepare.root=/there, "
                 "or data.prepare=null data.train=urls data.selection=urls"
             )
         info = json.loads((folder / "info.json").read_text()) if (folder / "info.json").exists() else {"shards": 0}
@@ -143,7 +143,7 @@ def claim(folder: Path, info: dict[str, int]) -> None:
         put_json(path, info)
     elif found != info:
         found = found or "shards without info.json"
-        raise ValueError(f"{folder} holds {found}, asked for {info}: delete it or set another data.prepare.folder")
+        raise ValueError(f"{folder} holds {found}, asked for {info}: delete it or set another data.prepare.root")
 
 
 def plan(records: list[Record], held_out: int, per_shard: int) -> Iterator[Shard]:

@@ -5,6 +5,7 @@ backbone refuses it.
 """
 
 import csv
+import io
 import json
 import pickle
 from pathlib import Path
@@ -200,6 +201,23 @@ def vtab(root: Path, name: str = "pets") -> Truth:
     return prompts(
         {pet: [2 * i, 2 * i + 1] for i, pet in enumerate(pets)}, ["a photo of a {}.".format, "a {}, a pet.".format]
     )
+
+
+def voc2007(root: Path) -> Truth:
+    """Picture i shows thing i // 2, and each second one the next thing as well."""
+    folder, things = root / "wds_voc2007_multilabel", [f"thing {i}" for i in range(6)]
+    shown = [{i // 2, (i // 2 + i % 2) % 6} for i in range(12)]
+    samples = {}
+    for i in range(12):
+        labels = io.BytesIO()
+        np.save(labels, np.array([thing in shown[i] for thing in range(6)], np.float32))
+        samples[f"s{i:07d}"] = {"png": encoded(Image.new("RGB", (8, 8), (i,) * 3)), "npy": labels.getvalue()}
+    pack(folder / "test" / "0.tar", samples)
+    put(folder / "test" / "nshards.txt", "1\n")
+    put(folder / "dataset_type.txt", "multilabel\n")
+    put(folder / "classnames.txt", "\n".join(things) + "\n")
+    put(folder / "zeroshot_classification_templates.txt", "a photo of a {c}.\n")
+    return {f"a photo of a {name}.": [i for i in range(12) if t in shown[i]] for t, name in enumerate(things)}
 
 
 def sugarcrepe(root: Path) -> Truth:

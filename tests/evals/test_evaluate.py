@@ -22,7 +22,7 @@ from clipfix.evals import Benchmark, evaluate
 from clipfix.evals.features import scoring
 from clipfix.evals.retrieval import Retrieval
 from clipfix.evals.selection import Selection
-from clipfix.evals.sets import Source
+from clipfix.sets import Source
 
 CONF = Path(__file__).parents[2] / "conf" / "eval"
 
@@ -290,5 +290,5 @@ def test_the_drawn_world_is_scored_on_every_factor_and_pattern(tmp_path, clip_fo
     watched = Selection(instantiate(cfg.eval.selection), cfg.eval.selection_metric)
     method = Method(Backbone(clip_folder, pretrained="random"))
     assert {name.removeprefix("selection/") for name in watched.score(method)} == {
-        "pairs/mean", "zeroshot/shape", "zeroshot/colour", "retrieval_short/mean",
+        "pairs/mean", "zeroshot/shape", "zeroshot/colour", "retrieval_short/mean", "retrieval_long/mean",
     }  # fmt: skip

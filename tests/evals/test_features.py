@@ -15,7 +15,7 @@ from clipfix.backbone import Backbone
 from clipfix.evals import features as module
 from clipfix.evals.embed import Local
 from clipfix.evals.features import scoring
-from clipfix.evals.sets import Source
+from clipfix.sets import Source
 
 WORLD, BATCH = 3, 4
 PICTURES = 21  # with the broken one 22: five whole batches and a rest of two

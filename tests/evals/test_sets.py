@@ -16,14 +16,17 @@ from sklearn.metrics import accuracy_score, top_k_accuracy_score
 from torch.nn.functional import normalize
 
 import clipfix.__main__  # noqa: F401  what yaml may ask for
-from clipfix.evals import Benchmark, evaluate, present
+from clipfix.compare.figures import PATTERNS as RADAR
+from clipfix.evals import Benchmark, evaluate
 from clipfix.evals.classification import Classification
 from clipfix.evals.features import scoring
 from clipfix.evals.foils import Foils
 from clipfix.evals.groups import Groups
-from clipfix.evals.sets import Labelled
-from clipfix.evals.sets.mmvp import SPELLINGS
+from clipfix.evals.multilabel import MultiLabel
 from clipfix.provenance import data_hash
+from clipfix.sets import Labelled, present
+from clipfix.sets.mmvp import PATTERNS as MMVP_PATTERNS
+from clipfix.sets.mmvp import SPELLINGS
 
 CONF = Path(__file__).parents[2] / "conf" / "eval"
 PUBLISHED = OmegaConf.load(CONF / "published.yaml").defaults[:-1]
@@ -52,6 +55,11 @@ def benchmarks(root: Path, *names: str) -> dict[str, Benchmark]:
     return found
 
 
+def there(found: dict[str, Benchmark]) -> dict[str, Benchmark]:
+    """Those whose data is there."""
+    return present(found, {name: benchmark.shards for name, benchmark in found.items()})
+
+
 def planted(truth: layouts.Truth, sign: int = 1, images: torch.Tensor | None = None) -> Planted:
     """Picture i lies on axis i, and a text on the axes of the pictures that it is true of, or opposite to them."""
     eye = torch.eye(PICTURES)
@@ -65,7 +73,7 @@ SIX = {"acc1": 100 / 6, "mean_per_class_recall": 100 / 6, "acc5": 500 / 6}
 TWELVE = {"image_to_text_R@1": 100 / 12}
 ONE_EACH = TWELVE | {"text_to_image_R@1": 100 / 12, "text_to_image_R@10": 1000 / 12, "image_to_text_R@10": 1000 / 12}
 BLIND = {
-    "mmvp": {"mmvp": {"mean": 0, "text": 0, "camera_perspective": 0, "ties": 6}},
+    "mmvp": {"mmvp": {"mean": 0, "text": 0, "viewpoint_and_perspective": 0, "ties": 6}},
     "urban1k": {"urban1k": ONE_EACH},
     "sharegpt4v_1k": {"sharegpt4v_1k": ONE_EACH},
     "docci": {"docci": ONE_EACH},
@@ -86,12 +94,12 @@ BLIND = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_planted_answers(name, tmp_path):
     truth = getattr(layouts, name)(tmp_path)
-    there = present(benchmarks(tmp_path, name))
-    assert set(BLIND[name]) == set(there) - {"mmvp_local"}  # by a rule of its own: tests/evals/test_pairs.py
-    perfect = evaluate(planted(truth), there)
-    reversed_ = evaluate(planted(truth, sign=-1), there)
-    blind = evaluate(planted(truth, images=torch.ones(PICTURES, PICTURES)), there)
-    assert all(Path(file).is_file() for benchmark in there.values() for file in benchmark.shards.files())
+    found = there(benchmarks(tmp_path, name))
+    assert set(BLIND[name]) == set(found) - {"mmvp_local"}  # by a rule of its own: tests/evals/test_pairs.py
+    perfect = evaluate(planted(truth), found)
+    reversed_ = evaluate(planted(truth, sign=-1), found)
+    blind = evaluate(planted(truth, images=torch.ones(PICTURES, PICTURES)), found)
+    assert all(Path(file).is_file() for benchmark in found.values() for file in benchmark.shards.files())
     for benchmark, expected in BLIND[name].items():
         metrics = {key for key in perfect if key.startswith(f"eval/{benchmark}/") and not key.endswith("/ties")}
         assert metrics >= {f"eval/{benchmark}/{metric}" for metric in expected if metric != "ties"}
@@ -101,10 +109,31 @@ def test_planted_answers(name, tmp_path):
         assert perfect.get(f"eval/{benchmark}/ties", 0) == reversed_.get(f"eval/{benchmark}/ties", 0) == 0
 
 
+def test_several_classes_a_picture(tmp_path):
+    """A blind model scores the share of pictures that show a class, and a reversed one as little as there is."""
+    truth = layouts.voc2007(tmp_path)
+    (ask,) = there(benchmarks(tmp_path, "vtab")).values()
+    (shown,) = {len(pictures) for pictures in truth.values()}
+
+    def score(model):
+        return ask(model)["mean_average_precision"]
+
+    assert score(planted(truth)) == pytest.approx(100)
+    assert score(planted(truth, images=torch.ones(PICTURES, PICTURES))) == pytest.approx(100 * shown / 12)
+    last = [(n + 1) / (12 - shown + n + 1) for n in range(shown)]  # precision where each of them is found
+    uneven = torch.eye(PICTURES)
+    uneven[:, NOTHING] += torch.arange(PICTURES) / 100  # no two pictures score the same
+    assert score(planted(truth, sign=-1, images=uneven)) == pytest.approx(100 * sum(last) / shown)
+
+
+def test_patterns_are_named_as_the_radar_names_them():
+    assert [name.lower().replace(" ", "_") for name in MMVP_PATTERNS.values()] == list(RADAR)
+
+
 @pytest.mark.parametrize("name", ["docci", "vtab"])
 def test_one_changed_picture_is_another_hash(name, tmp_path):
     getattr(layouts, name)(tmp_path)
-    (benchmark, *_) = present(benchmarks(tmp_path, name)).values()
+    (benchmark, *_) = there(benchmarks(tmp_path, name)).values()
     before = data_hash(benchmark.sources())
     last = Path(benchmark.shards.files()[-1])
     last.write_bytes(last.read_bytes() + b"\0")
@@ -123,17 +152,17 @@ def test_mmvp_has_many_spellings(pictures, blank, tmp_path):
 def test_pictures_that_several_sets_share_are_embedded_once(tmp_path):
     truth = layouts.sugarcrepe(tmp_path) | layouts.coco(tmp_path) | layouts.flickr30k(tmp_path)
     backbone = planted(truth)
-    scores = evaluate(backbone, present(benchmarks(tmp_path, "coco", "flickr30k", "sugarcrepe")))
+    scores = evaluate(backbone, there(benchmarks(tmp_path, "coco", "flickr30k", "sugarcrepe")))
     assert {score for name, score in scores.items() if not name.endswith("ties")} == {100}
     assert backbone.seen == 12 + 12 + 24
 
 
 def test_the_figures_show_pictures_from_their_files(tmp_path):
     truth = layouts.mmvp(tmp_path) | layouts.coco(tmp_path)
-    there = present(benchmarks(tmp_path, "mmvp", "coco"))
-    evaluate(planted(truth), there)
-    assert len(there["mmvp"].figure(["score"]).axes) >= 4
-    assert len(there["coco_val2017"].figure(["score"]).axes) == 12
+    found = there(benchmarks(tmp_path, "mmvp", "coco"))
+    evaluate(planted(truth), found)
+    assert len(found["mmvp"].figure(["score"]).axes) >= 4
+    assert len(found["coco_val2017"].figure(["score"]).axes) == 12
 
 
 # -- what is not there, or not as it should be -------------------------------------------------------------------------
@@ -142,10 +171,10 @@ def test_the_figures_show_pictures_from_their_files(tmp_path):
 def test_a_missing_set_is_skipped_with_what_to_fetch_and_none_at_all_is_an_error(tmp_path, capsys):
     everything = benchmarks(tmp_path, *PUBLISHED)
     with pytest.raises(ValueError, match=r"no data to score in eval\.root.*Questions.csv.*\d+ more") as error:
-        present(everything)
+        there(everything)
     assert len(str(error.value).splitlines()) == 1
     layouts.urban1k(tmp_path)
-    assert set(present(everything)) == {"urban1k"}
+    assert set(there(everything)) == {"urban1k"}
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(everything) - 1
     assert all(line.startswith("Skipped ") and str(tmp_path) in line for line in lines)
@@ -153,7 +182,7 @@ def test_a_missing_set_is_skipped_with_what_to_fetch_and_none_at_all_is_an_error
     assert "flickr30k-images" in flickr
     assert "4.4 GB" in flickr
     with pytest.raises(ValueError, match=r"urban1k: there is no .*Urban1k/image.*Fetch Urban1k\.zip"):
-        present(benchmarks(tmp_path / "elsewhere", "urban1k"))
+        there(benchmarks(tmp_path / "elsewhere", "urban1k"))
 
 
 def test_published_is_all_of_them_under_one_root():
@@ -256,6 +285,28 @@ def test_classification_is_clip_benchmarks():
     }
     assert Classification(source)(backbone) == pytest.approx({name: 100 * score for name, score in expected.items()})
     assert 0 < expected["acc1"] < expected["acc5"] < 1
+
+
+def test_mean_average_precision_is_clip_benchmarks_without_ties():
+    theirs = pytest.importorskip("clip_benchmark.metrics.zeroshot_classification").average_precision_per_class
+    labels = torch.randint(0, 2, (60, 9), generator=torch.Generator().manual_seed(3))
+    source = rows(*({"label": label} for label in labels.tolist()))
+    backbone = random_model(3, [f"a class {i}" for i in range(9)]).eval()
+    scores = normalize(backbone.images[:60], dim=-1) @ normalize(backbone.vectors, dim=-1).T
+    expected = 100 * theirs(scores, labels).mean().item()
+    assert MultiLabel(source)(backbone)["mean_average_precision"] == pytest.approx(expected)
+    assert 40 < expected < 65  # half of the pictures show a class
+
+
+def test_vtab_plus_is_whole():
+    """Every data set that clip_benchmark counts in, by its own name or that of another eval of the same set."""
+    builder = pytest.importorskip("clip_benchmark.datasets.builder")
+    wanted = {name.rpartition("/")[2].replace("-", "_") for name in builder.dataset_collection["vtab+"]}
+    others = {"imagenet1k": "imagenet", "imagenetv2": "imagenet_v2"}
+    evals = {
+        name for group in ("vtab", "imagenet", "cifar") for name in OmegaConf.load(CONF / f"{group}.yaml").benchmarks
+    }
+    assert {others.get(name, name) for name in wanted} == evals
 
 
 def selection(backbone, pictures: list[list[int]], texts: list[list[str]]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from random import Random
 from typing import Any
 
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from clipfix.compare.results import Group
+from clipfix.sets import Source
 
 WAY = "image_to_text"  # the rank of the own caption among all captions
 
@@ -37,7 +39,8 @@ class Case:
 def changed(groups: Sequence[Group], amount: int) -> tuple[list[Case], list[str]]:
     """The pictures whose rank rose and fell most in the first group, half of each; and why there are none, in a line.
 
-    Ranks change by factors: from 20 to 2 says as much as from 200 to 20. Pictures are read from the benchmark's shards.
+    Ranks change by factors: from 20 to 2 says as much as from 200 to 20. Pictures are read from the benchmark's shards
+    or published data set, where they still lie as the result file says.
     """
     found = most_moved(groups)
     if amount == 0 or found is None:
@@ -48,14 +51,14 @@ def changed(groups: Sequence[Group], amount: int) -> tuple[list[Case], list[str]
     half = -(-amount // 2)
     wanted = [i for i in order[:half] if factors[i] < 0] + [i for i in order[::-1][: amount - half] if factors[i] > 0]
     asked = (groups[0].fact("benchmarks") or {}).get(benchmark) or {}
-    if not isinstance(asked.get("shards"), str | list):
+    if not asked.get("shards"):
         return [], [f"No examples: {benchmark} does not say which shards its pictures lie in."]
     try:
         samples = fetch(asked, {str(items[i]) for i in wanted})
     except ValueError as error:
         return [], [f"No examples, as the pictures of {benchmark} cannot be read: {error}"]
     if absent := {str(items[i]) for i in wanted} - samples.keys():
-        return [], [f"No examples: {asked['shards']} no longer holds {', '.join(sorted(absent))} of {benchmark}."]
+        return [], [f"No examples: the data of {benchmark} no longer holds {', '.join(sorted(absent))}."]
     cases = []
     for i in wanted:
         sample = samples[str(items[i])]
@@ -88,15 +91,26 @@ def most_moved(groups: Sequence[Group]) -> tuple[str, np.ndarray, np.ndarray, li
 def fetch(asked: Mapping[str, Any], keys: set[str]) -> dict[str, dict[str, Any]]:
     """Picture and captions by key; the first sample of a key counts."""
     from clipfix.data import Text, samples
+    from clipfix.evals.embed import decoded
 
-    text = Text(**asked["text"])
+    text, shards = Text(**asked["text"]), asked["shards"]
     found: dict[str, dict[str, Any]] = {}
-    for sample in samples(asked["shards"], bool(asked.get("allow_pipe"))):
+    for sample in published(shards) if isinstance(shards, Mapping) else samples(shards, bool(asked.get("allow_pipe"))):
         if sample["key"] in keys - found.keys():
-            found[sample["key"]] = {"image": sample["image"], "texts": text.draw(sample, Random(sample["key"]))}
+            texts = text.draw(sample, Random(sample["key"]))
+            found[sample["key"]] = {"image": decoded(sample["image"]), "texts": texts}
         if len(found) == len(keys):
             break
     return found
+
+
+def published(settings: Mapping[str, Any]) -> Source:
+    """The data set of these settings. Only one of clipfix.sets: a result file must not choose what else is run."""
+    named = str(settings.get("_target_"))
+    kind = resolve_name(named) if named.startswith("clipfix.sets.") else None
+    if not (isinstance(kind, type) and issubclass(kind, Source)):
+        raise ValueError(f"{named} is no data set of clipfix.sets")
+    return kind(**{key: value for key, value in settings.items() if not key.startswith("_")})
 
 
 def picture(cases: Sequence[Case]) -> Figure:

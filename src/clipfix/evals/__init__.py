@@ -12,7 +12,6 @@ from rich.progress import track
 
 from clipfix.backbone import Backbone
 from clipfix.evals.features import Features, TextCache, rank_of, scoring
-from clipfix.evals.sets import Source
 from clipfix.outcomes import Outcomes
 
 
@@ -39,23 +38,6 @@ class Benchmark(ABC):
     def figure(self, columns: Sequence[str]) -> Figure | None:
         """Pictures that show what the last scorings answered, one column each; None where there is nothing to see."""
         return None
-
-    def missing(self) -> str | None:
-        """What to fetch where the published data set that this benchmark reads is not there; shards name themselves."""
-        shards = getattr(self, "shards", None)
-        return shards.missing() if isinstance(shards, Source) else None
-
-
-def present(benchmarks: Mapping[str, Benchmark]) -> dict[str, Benchmark]:
-    """The benchmarks whose data is there. Of each other one, a line says what to fetch; none at all is an error."""
-    missing = {name: line for name, benchmark in benchmarks.items() if (line := benchmark.missing())}
-    told = [f"{name}: {line}" for name, line in missing.items()]
-    if missing and len(missing) == len(benchmarks):
-        others = f" {len(told) - 1} more are not there either: data/README.md has them all." if len(told) > 1 else ""
-        raise ValueError(f"There is no data to score in eval.root. {told[0]}{others}")
-    for line in told:
-        print(f"Skipped {line}")
-    return {name: benchmark for name, benchmark in benchmarks.items() if name not in missing}
 
 
 def evaluate(

@@ -14,8 +14,8 @@ from torch.nn.functional import normalize
 
 from clipfix.backbone import Backbone
 from clipfix.data import samples
-from clipfix.evals.sets import Source
 from clipfix.functional.patches import take_patches
+from clipfix.sets import Source
 
 BATCH = 64  # a forward pass; memory depends on it, features do not
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from clipfix.backbone import Backbone, weights_hash
 from clipfix.data import readable, square, undecoded
 from clipfix.evals.embed import BATCH, Local, Sample, Shards, decoded, embed_images, embed_locally, embed_texts
-from clipfix.evals.sets import Source
+from clipfix.sets import Source
 
 TextCache = dict[tuple[str, int, str], Tensor]  # hash of the text tower, tokens at most, text -> its row, on the CPU
 Item = TypeVar("Item")

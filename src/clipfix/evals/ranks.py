@@ -19,12 +19,14 @@ def ranks(
     is right in 1 of n.
     """
     places = torch.arange(len(candidates), device=queries.device)
-    found = []
-    for query, label in zip(queries.split(CHUNK), wanted.split(CHUNK), strict=True):
+    # Written in place: with a small tensor kept from each chunk, the process grew by 8 GB at 155k x 31k on a CPU, as if
+    # the large ones' memory could not be reused.
+    found = torch.empty(len(queries), dtype=torch.int64, device=queries.device)
+    for query, label, part in zip(queries.split(CHUNK), wanted.split(CHUNK), found.split(CHUNK), strict=True):
         scores = query @ candidates.T
         right = labels == label[:, None]
         best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
         first = (right & (scores == best)).int().argmax(dim=1, keepdim=True)
         ahead = (scores > best) | ((scores == best) & (places < first))
-        found.append(1 + ahead.sum(dim=1))
-    return torch.cat(found)
+        torch.add(ahead.sum(dim=1), 1, out=part)
+    return found

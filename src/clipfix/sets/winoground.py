@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipfix.evals.sets import Source
+from clipfix.sets import Source
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from clipfix.evals.sets import Labelled
+from clipfix.sets import Labelled
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from clipfix.evals.sets import Labelled, inside
+import numpy as np
+
+from clipfix.sets import Labelled, inside
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class Named(Labelled):
     def read(self) -> Iterator[dict[str, Any]]:
         rows = iter(self._dataset) if self.name.startswith("wds/") else map(self._dataset.__getitem__, self._numbers())
         for number, (image, label) in enumerate(rows):
-            yield {"key": f"{self.name}/{number}", "image": image, "txt": "", "json": {"label": int(label)}}
+            label = np.asarray(label).tolist()  # of several labels, one number a class: whether the picture shows it
+            yield {"key": f"{self.name}/{number}", "image": image, "txt": "", "json": {"label": label}}
 
     def classes(self) -> list[str]:
         return list(self._dataset.classes)

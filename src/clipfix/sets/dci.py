@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipfix.evals.sets import Source, caption_sample
+from clipfix.sets import Source, caption_sample
 
 
 @dataclass(frozen=True)

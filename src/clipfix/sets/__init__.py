@@ -1,14 +1,17 @@
 """Published data sets as their authors hand them out, in a local folder: one file each, bound from conf/eval.
 
 A source yields what shards yield ({key, image, txt, json}), so that a benchmark never knows which of them it reads.
+What is not there is named before anything is loaded: nothing imports torch until samples are read.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Source(ABC):
 
 @dataclass(frozen=True)
 class Labelled(Source):
-    """A source whose json holds `label`, a number into `classes()`."""
+    """A source whose json holds `label`, a number into `classes()`, or for each of them 1 or 0."""
 
     @abstractmethod
     def classes(self) -> Sequence[str]:
@@ -83,6 +86,21 @@ class Labelled(Source):
     @abstractmethod
     def templates(self) -> Sequence[str]:
         """The prompts of this data set; `{c}` is the class. Source: clip_benchmark, for all of them."""
+
+
+def present(benchmarks: Mapping[str, T], sources: Mapping[str, Source]) -> dict[str, T]:
+    """The benchmarks whose data is there, by the sources of those that read a published set.
+
+    Of each other one, a line says what to fetch; none at all is an error.
+    """
+    missing = {name: line for name, source in sources.items() if (line := source.missing())}
+    told = [f"{name}: {line}" for name, line in missing.items()]
+    if missing and len(missing) == len(benchmarks):
+        others = f" {len(told) - 1} more are not there either: data/README.md has them all." if len(told) > 1 else ""
+        raise ValueError(f"There is no data to score in eval.root. {told[0]}{others}")
+    for line in told:
+        print(f"Skipped {line}")
+    return {name: benchmark for name, benchmark in benchmarks.items() if name not in missing}
 
 
 def inside(path: Path) -> list[Path]:

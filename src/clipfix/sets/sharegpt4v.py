@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from clipfix.evals.sets import Source, caption_sample
+from clipfix.sets import Source, caption_sample
 from clipfix.sharegpt4v import parse
 
 

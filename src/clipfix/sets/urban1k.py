@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipfix.evals.sets import Source, caption_sample
+from clipfix.sets import Source, caption_sample
 
 
 @dataclass(frozen=True)
@@ -20,5 +20,5 @@ class Urban1k(Source):
 
     def read(self) -> Iterator[dict[str, Any]]:
         for text in sorted((self.folder / "caption").glob("*.txt")):
-            caption = text.read_text(encoding="utf-8").splitlines()[0]
+            caption = text.read_text(encoding="utf-8").split("\n", 1)[0]
             yield caption_sample(self.folder / "image" / f"{text.stem}.jpg", caption)
