@@ -39,6 +39,22 @@ def test_runs_that_differ_only_by_seed_are_one_group(tmp_path):
     assert [one.name for one in groups(*paths[:2])] == ["diva tiny", "diva tiny, control: shuffled"]
 
 
+def test_recipes_that_differ_in_much_are_told_apart_by_letters(tmp_path):
+    recipes = [{"method": {"steps": n, "lr": n / 10, "draws": n}, "wise": None} for n in (1, 2)]
+    paths = [
+        run(tmp_path / "b0", recipe=recipes[1]),
+        run(tmp_path / "a0", recipe=recipes[0]),
+        run(tmp_path / "b1", recipe=recipes[1], seed=1),
+        run(tmp_path / "c0", recipe=recipes[1], control="shuffled"),
+    ]
+    found = groups(*paths)
+    assert [one.name for one in found] == ["diva tiny A", "diva tiny B", "diva tiny, control: shuffled"]
+    assert [one.differs for one in found] == [
+        {"steps": 2, "lr": 0.2, "draws": 2}, {"steps": 1, "lr": 0.1, "draws": 1}, {},
+    ]  # fmt: skip
+    assert found[0].seeds == [0, 1]
+
+
 def test_a_model_that_was_only_scored_is_named_by_it(tmp_path):
     path = run(tmp_path / "a", method=None, backbone=None, model="vit-l14.pt")
     facts = json.loads(path.read_text())

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from clipfix.compare.results import find, group, read, refuse
-from clipfix.compare.rows import rows, table
+from clipfix.compare.rows import by_group, rows, summary, table
 
 
 def compare(
@@ -30,12 +31,19 @@ def compare(
 
     `gain` is the metric that the repair is for, `kept` the benchmark that must not suffer.
     """
-    found = [read(path) for path in find(results)]
-    notes = refuse(found)
-    groups = group(found)
-    summary = rows(groups, published, resamples, coverage, seed)
+    runs = [read(path) for path in find(results)]
+    notes = refuse(runs)
+    groups = group(runs)
+    found = rows(groups, published, resamples, coverage, seed)
     console = Console() if Console().is_terminal else Console(width=160)  # a log has room
-    console.print(table(groups, summary, coverage))
+    short = len(groups) > 2  # more have no room side by side
+    console.print(by_group(groups, summary(found), coverage) if short else table(groups, found, coverage))
+    for each in groups:
+        if each.differs:
+            said = ", ".join(f"{key}={value}" for key, value in each.differs.items())
+            console.print(f"[bold]{each.name}[/]: {escape(said)}", highlight=False)
+    if short:
+        console.print("Every metric is in report.html.")
     for note in notes:
         console.print(f"Not checked or not known. {note}", style="yellow", highlight=False)
 
@@ -60,6 +68,6 @@ def compare(
         if figure is not None:
             paths.append(folder / f"{name}.png")
             figure.savefig(paths[-1], dpi=200)
-    page = write(folder, groups, summary, paths, cases, [*notes, *missed], coverage=coverage, gain=gain, kept=kept)
+    page = write(folder, groups, found, paths, cases, [*notes, *missed], coverage=coverage, gain=gain, kept=kept)
     console.print(f"Report: {page}", soft_wrap=True)
     return paths

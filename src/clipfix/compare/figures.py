@@ -24,6 +24,7 @@ PATTERNS = {
     "text": "text",
     "viewpoint_and_perspective": "viewpoint",
 }
+LEGEND = 0.22  # inches a line
 MARKERS = "osD^vP"  # beside colour, for those who see none
 
 
@@ -75,7 +76,7 @@ def radar(groups: Sequence[Group]) -> Figure | None:
     def closed(values: np.ndarray) -> np.ndarray:
         return np.append(values, values[0])
 
-    figure = Figure(figsize=(5, 5 + 0.25 * len(groups)), layout="constrained")
+    figure = Figure(figsize=(5, 5 + LEGEND * len(groups)), layout="constrained")
     axis = figure.subplots(subplot_kw={"projection": "polar"})
     axis.set_theta_zero_location("N")  # type: ignore[attr-defined]
     axis.set_theta_direction(-1)  # type: ignore[attr-defined]
@@ -107,7 +108,7 @@ def forgetting(groups: Sequence[Group], gain: str, kept: str) -> Figure | None:
     runs = [result for group in groups for result in group.results]
     if not names or any(result.before is None or not {gain, *names} <= result.after.keys() for result in runs):
         return None
-    figure = Figure(figsize=(5, 4), layout="constrained")
+    figure = Figure(figsize=(5, 3.6 + LEGEND * len(groups)), layout="constrained")
     axis = figure.subplots()
     axis.axhline(0, color="#9aa3b0", linewidth=1, zorder=1)
     axis.axvline(0, color="#9aa3b0", linewidth=1, zorder=1)
@@ -141,7 +142,7 @@ def lengths(groups: Sequence[Group]) -> Figure | None:
     else:
         return None
     names = [f"{benchmark}/{n}_tokens_R@1" for n in tokens]
-    figure = Figure(figsize=(5, 3.6), layout="constrained")
+    figure = Figure(figsize=(5, 3.4 + LEGEND * len(groups)), layout="constrained")
     axis = figure.subplots()
     for name, before in befores(groups, names):
         axis.plot(tokens, before, color="#7b8494", linestyle="--", marker="x", markersize=5, linewidth=1.5, label=name)
@@ -154,7 +155,7 @@ def lengths(groups: Sequence[Group]) -> Figure | None:
     axis.set_xticks(tokens)
     axis.set_ylim(bottom=0)
     axis.set_xlabel("tokens of each caption that are read", color=INK)
-    axis.set_ylabel("R@1, mean of both ways (percent)", color=INK)
+    axis.set_ylabel("R@1, both ways (percent)", color=INK)
     clean(axis)
     figure.legend(loc="outside upper left", frameon=False, fontsize=9)
     return figure

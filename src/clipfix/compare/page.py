@@ -15,7 +15,7 @@ from clipfix import __version__
 from clipfix.compare.examples import Case
 from clipfix.compare.figures import style
 from clipfix.compare.results import Group, Result
-from clipfix.compare.rows import Cell, Row, number, one_start
+from clipfix.compare.rows import Cell, Row, number, one_start, sections, summary
 
 CAPTIONS = {
     "radar": (
@@ -32,7 +32,6 @@ CAPTIONS = {
     ),
 }
 IDENTITY = ("model", "weights", "method", "backbone", "control", "commit", "seed", "checkpoint", "step", "seconds")
-FEW = 4  # metrics that stand for a benchmark without a mean; more, like a curve over lengths, are drawn
 HASHES = ("weights", "commit")  # shown short, whole in the title
 
 
@@ -60,6 +59,7 @@ def write(
     main = summary(rows)
     page = environment.get_template("report.html.j2").render(
         groups=groups,
+        lettered=[group for group in groups if group.differs],
         colours=[style(i)[0] for i in range(len(groups))],
         sections=sections(rows),
         main=main,
@@ -84,22 +84,6 @@ def write(
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
-
-
-def summary(rows: Sequence[Row]) -> list[Row]:
-    """The mean of each benchmark, or all metrics of one that has but a few."""
-    found = []
-    for several in sections(rows).values():
-        means = [row for row in several if row.metric == "mean"]
-        found += means or (several if len(several) <= FEW else [])
-    return found
-
-
-def sections(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        found.setdefault(row.benchmark, []).append(row)
-    return found
 
 
 def reach(rows: Sequence[Row]) -> float:

@@ -4,8 +4,9 @@ import glob
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, count, product
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from clipfix import outcomes
 from clipfix.outcomes import Outcomes
 
 UNKNOWN = "unknown"
+IN_A_NAME = 2  # keys of a recipe; groups that differ in more are told apart by letters
 # Of a benchmark's settings: where its data lie, not what they are.
 WHERE = ("shards", "fit_shards", "root", "fetch", "allow_pipe")
 
@@ -56,6 +58,7 @@ class Group:
 
     name: str
     results: Sequence[Result]
+    differs: Mapping[str, Any] = field(default_factory=dict)  # keys of the recipe that a letter in the name stands for
 
     @property
     def seeds(self) -> list[Any]:
@@ -187,7 +190,8 @@ def flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def group(results: Sequence[Result]) -> list[Group]:
     """Runs of one method, backbone, control and recipe, by seed; groups in the order of their first file.
 
-    A group's name says no more than tells it from the others: parts of the recipe only where the rest is the same.
+    A group's name says no more than tells it from the others: parts of the recipe only where the rest is the same, and
+    a letter where there are many of them.
     """
     families: dict[tuple[str, ...], dict[str, list[Result]]] = {}
     for result in results:
@@ -199,10 +203,13 @@ def group(results: Sequence[Result]) -> list[Group]:
         differing = [
             key for key in dict.fromkeys(k for one in told for k in one) if len({str(o.get(key)) for o in told}) > 1
         ]
-        for one, members in zip(told, recipes.values(), strict=True):
-            also = [f"{key.removeprefix('method.')}={one.get(key)}" for key in differing]
+        for letter, one, members in zip(letters(), told, recipes.values(), strict=False):
             seeded = sorted(members, key=lambda result: str(result.seed).rjust(9))
-            groups.append(Group(", ".join([*words, *also]), seeded))
+            apart = {key.removeprefix("method."): one.get(key) for key in differing}
+            if len(apart) > IN_A_NAME:
+                groups.append(Group(", ".join([f"{words[0]} {letter}", *words[1:]]), seeded, apart))
+            else:
+                groups.append(Group(", ".join([*words, *(f"{key}={value}" for key, value in apart.items())]), seeded))
     for each in groups:
         for first, second in combinations(each.results, 2):
             if first.seed == second.seed:
@@ -210,6 +217,12 @@ def group(results: Sequence[Result]) -> list[Group]:
                     f"{first.path} and {second.path} are both seed {first.seed} of {each.name}: leave one out."
                 )
     return sorted(groups, key=lambda one: min(results.index(result) for result in one.results))
+
+
+def letters() -> Iterator[str]:
+    """A to Z, then AA and so on."""
+    for size in count(1):
+        yield from map("".join, product(ascii_uppercase, repeat=size))
 
 
 def title(facts: Mapping[str, Any]) -> tuple[str, ...]:

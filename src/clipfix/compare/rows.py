@@ -12,6 +12,7 @@ from clipfix.compare.bootstrap import changes, interval, over_seeds
 from clipfix.compare.results import Group
 
 Interval = tuple[float, float]
+FEW = 4  # metrics that stand for a benchmark without a mean; more, like a curve over lengths, are drawn
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,22 @@ def one_start(found: Sequence[Row]) -> bool:
     )
 
 
+def summary(found: Sequence[Row]) -> list[Row]:
+    """The mean of each benchmark, or all metrics of one that has but a few."""
+    short = []
+    for several in sections(found).values():
+        means = [row for row in several if row.metric == "mean"]
+        short += means or (several if len(several) <= FEW else [])
+    return short
+
+
+def sections(found: Sequence[Row]) -> dict[str, list[Row]]:
+    by: dict[str, list[Row]] = {}
+    for row in found:
+        by.setdefault(row.benchmark, []).append(row)
+    return by
+
+
 def table(groups: Sequence[Group], found: Sequence[Row], coverage: float) -> Table:
     """As the terminal shows it: benchmarks as sections, metrics as rows."""
     changed = found[0].cells and any(one and one.signed for row in found for one in row.cells)
@@ -225,4 +242,32 @@ def table(groups: Sequence[Group], found: Sequence[Row], coverage: float) -> Tab
             texts.append("; ".join(f"{one.by} {one.numbers} ({one.source})" for one in row.published))
         shown.add_row("" if row.benchmark == last else row.benchmark, row.label, *texts)
         last = row.benchmark
+    return shown
+
+
+def by_group(groups: Sequence[Group], found: Sequence[Row], coverage: float) -> Table:
+    """The same for more groups than have room side by side: each metric a section, each group a row."""
+    changed = any(one and one.signed for row in found for one in row.cells)
+    shown = Table(title="Scores in percent, changes in points", title_justify="left")
+    shown.add_column("benchmark")
+    shown.add_column("runs")
+    if changed:
+        shown.add_column("before", justify="right")
+    shown.add_column("change ± sd" if changed else "score ± sd", justify="right", no_wrap=True)
+    shown.add_column(f"{coverage:.0%} interval", justify="right", no_wrap=True)
+    published = any(row.published for row in found)
+    if published:
+        shown.add_column("published")
+    for row in found:
+        title = row.benchmark if row.metric == "mean" else f"{row.benchmark}, {row.label}"
+        said = "; ".join(f"{one.by} {one.numbers} ({one.source})" for one in row.published)
+        for group, one in zip(groups, row.cells, strict=True):
+            if one is None:
+                continue
+            amount = f"{len(group.results)} seeds" if len(group.results) > 1 else "1 seed"
+            before = "" if one.before is None else number(one.before, signed=False)
+            cells = [title, f"{group.name}, {amount}", *([before] if changed else []), str(one), one.bounds]
+            shown.add_row(*cells, *([said] if published else []))
+            title = said = ""
+        shown.add_section()
     return shown
