@@ -188,7 +188,7 @@ def export(cfg: DictConfig, folder: Path) -> None:
     licences: Any = OmegaConf.to_container(OmegaConf.load(CONF / "licences.yaml"))
     repair = {key: value for key, value in origin(trained).items() if key != "backbone"}
     repair["step"] = saved.get("global_step")
-    trained_on = OmegaConf.to_container(trained, resolve=True)["data"]["train"] if trained else None
+    trained_on = trained.data.train if trained else None
     facts = about(backbone, chosen.pretrained, repair, trained_on, cfg.checkpoint, licences)
     facts["licence"] = cfg.export.licence or facts["licence"]
     for written in exporting.export(backbone, **settings, about=facts):

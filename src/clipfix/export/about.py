@@ -36,7 +36,7 @@ def about(
 
 
 def result_file(checkpoint: str | None, weights: str) -> dict[str, Any]:
-    """What the run that wrote the checkpoint measured, if it measured these very weights: last.ckpt is not best.ckpt."""
+    """What the checkpoint's run measured, if it measured these very weights: last.ckpt is often not what was scored."""
     if checkpoint is None:
         return {}
     path = Path(checkpoint).resolve().parents[1] / "results.json"

@@ -62,7 +62,7 @@ def readme(target: str, about: Mapping[str, Any]) -> str:
         "licence of the base weights": licence or unknown,
         "method": " ".join(str(about[key]) for key in ("method", "control") if about.get(key)) or "none",
         "share of the trained weights (WiSE)": about.get("wise"),
-        "trained on": about.get("trained_on"),
+        "trained on": ", ".join(about.get("trained_on") or ()) or None,
         "steps": about.get("step"),
         "seed": about.get("trained_with_seed"),
         "text": f"{about['context_length']} tokens",
@@ -100,9 +100,7 @@ def limits(target: str, about: Mapping[str, Any]) -> list[str]:
     if target in ("diffusers", "diffusers_2", "comfyui"):
         lines.append("- An image generator was trained with the base model's text encoder: look at what it draws.")
     if target in ("transformers", "sentence_transformers"):
-        lines.append(
-            "- Texts are cleaned as open_clip does, but for one thing: text in a wrong encoding is not mended."
-        )
+        lines.append("- Texts are cleaned as open_clip does, but text in a wrong encoding is not mended.")
     if target == "timm":
         lines.append("- The visual tower alone: there is no text in it.")
     return lines

@@ -1,9 +1,7 @@
 """A text encoder for the pipelines of diffusers: `text_encoder/` and `tokenizer/`, to lay over those of a model.
 
-    CLIPTextModel.from_pretrained(folder, subfolder="text_encoder"), CLIPTokenizer.from_pretrained(folder, subfolder=...)
-
-Pipelines cut a prompt at `tokenizer.model_max_length`, which is that of the text tower. SDXL joins the tokens of its two
-encoders side by side, so both must have one length: stretch both.
+Pipelines cut a prompt at `tokenizer.model_max_length`, which is the length of the text tower. SDXL joins the tokens of
+its two encoders feature by feature, so both must have one length: stretch both.
 """
 
 from clipfix.backbone import Backbone

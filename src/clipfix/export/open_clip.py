@@ -1,4 +1,4 @@
-"""open_clip's own folder: `open_clip.create_model_and_transforms("local-dir:/path/to/folder")`. It holds every model."""
+"""open_clip's own folder: `open_clip.create_model_and_transforms("local-dir:folder")`. It holds every model."""
 
 from open_clip.tokenizer import HFTokenizer
 

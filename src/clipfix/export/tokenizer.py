@@ -39,9 +39,8 @@ def byte_pairs() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 def clip_tokenizer(context_length: int, pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
     vocab, merges = byte_pairs()
-    return CLIPTokenizer(  # type: ignore[arg-type]
-        vocab=vocab, merges=merges, model_max_length=context_length, pad_token=pad_token
-    )
+    pairs: Any = merges  # its signature knows no pairs, its docstring and code do
+    return CLIPTokenizer(vocab=vocab, merges=pairs, model_max_length=context_length, pad_token=pad_token)
 
 
 def clip_files(context_length: int, pad_token: str = "<|endoftext|>", cleaned: bool = True) -> Files:

@@ -156,6 +156,8 @@ def siglip_text(backbone: Backbone) -> dict[str, Any]:
         "vocab_size": tower.vocab_size,
         "max_position_embeddings": len(tower.positional_embedding),
         "projection_size": tower.text_projection.out_features,
+        "bos_token_id": None,  # by default CLIP's, which are past this vocabulary
+        "eos_token_id": None,
         **blocks(backbone, tower.transformer.resblocks),
     }
 
@@ -199,10 +201,10 @@ def blocks(backbone: Backbone, layers: Any) -> dict[str, Any]:
     first = layers[0]
     if not (isinstance(first, ResidualAttentionBlock) or isinstance(getattr(first, "norm1", None), nn.LayerNorm)):
         raise refusal(backbone, f"its blocks, {type(first).__name__}, are not those of a plain transformer")
-    ours = isinstance(first, ResidualAttentionBlock)
-    norm, mlp, act = (
-        (first.ln_1, first.mlp.c_fc, first.mlp.gelu) if ours else (first.norm1, first.mlp.fc1, first.mlp.act)
-    )
+    if isinstance(first, ResidualAttentionBlock):
+        norm, mlp, act = first.ln_1, first.mlp.c_fc, first.mlp.gelu
+    else:
+        norm, mlp, act = first.norm1, first.mlp.fc1, first.mlp.act
     name = "GELUTanh" if getattr(act, "approximate", "none") == "tanh" else type(act).__name__
     if name not in ACTIVATIONS:
         raise refusal(backbone, f"its blocks compute {name}, which is none of {', '.join(ACTIVATIONS)}")
