@@ -9,6 +9,7 @@ import timm
 import torch
 from kinds import CLIP, QUICK, SIGLIP, TEXTS, build, content, equal, image_features, text_features
 from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
 from transformers import (
     AutoImageProcessor,
     AutoModel,
@@ -133,9 +134,8 @@ def test_timm(backbone, picture, tmp_path, caplog):
 
 @pytest.mark.parametrize("kind", ["quick gelu", "248 tokens"])
 def test_sentence_transformers(kind, backbones, picture, tmp_path):
-    library = pytest.importorskip("sentence_transformers")
     folder = exported(backbones[kind], "sentence_transformers", tmp_path)
-    model = library.SentenceTransformer(str(folder), device="cpu")
+    model = SentenceTransformer(str(folder), device="cpu")
     assert model.max_seq_length == backbones[kind].context_length
     equal(model.encode([picture], convert_to_tensor=True), image_features(backbones[kind], picture))
     equal(model.encode(TEXTS, convert_to_tensor=True), text_features(backbones[kind]))

@@ -33,7 +33,8 @@ def ids(tokenizer):
 TEXTS = %r
 with torch.no_grad():
     for kind, model_class in (("clip", CLIPModel), ("siglip", SiglipModel)):
-        model, tokens = load(model_class, kind, "transformers"), ids(AutoTokenizer.from_pretrained(f"{folder}/{kind}/transformers"))
+        model = load(model_class, kind, "transformers")
+        tokens = ids(AutoTokenizer.from_pretrained(f"{folder}/{kind}/transformers"))
         same(model.get_image_features(expected["pixels"]), kind + ".image")
         same(model.get_text_features(tokens), kind + ".text")
         tower = load(AutoModel, kind, "llava")

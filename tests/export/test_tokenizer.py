@@ -1,6 +1,7 @@
 """The tokenizer files give the ids that open_clip gives."""
 
 import random
+import re
 from pathlib import Path
 
 import open_clip
@@ -10,11 +11,11 @@ from kinds import SIGLIP, TEXTS, build
 from test_consumers import exported
 from transformers import AutoTokenizer, CLIPTokenizer
 
-WORDS = """It’s “quoted” & plain naïve café ﬁne ＡＢＣ １２ 東京 タワー 서울 Москва ΟΔΟΣ ΣΟΦΟΣ, मुंबई ไทย العربية עברית 😀
-👩‍👩‍👧 🇩🇪 don't we'll I'M can’t x² 3.14 #tag @me C++ ½ &amp; &lt;b&gt; &quot;q&quot; &amp;lt; İstanbul straße ß — – … • ™ ©
-e\u0301 \u200b a\tb\nc \u3000wide \x07bell ... !!! _under_ http://x.y/z?a=b&c=d ŉ ǆ ſ ﷺ ｶﾞ antidisestablishmentarianism""".split(
-    " "
-)
+CORPUS = """\
+It’s “quoted” & plain naïve café ﬁne ＡＢＣ １２ 東京 タワー 서울 Москва ΟΔΟΣ ΣΟΦΟΣ, मुंबई ไทย العربية עברית 😀 👩‍👩‍👧 🇩🇪
+don't we'll I'M can’t x² 3.14 #tag @me C++ ½ &amp; &lt;b&gt; &quot;q&quot; &amp;lt; İstanbul straße ß — – … • ™ ©
+e\u0301 \u200b \u3000wide \x07bell ... !!! _under_ http://x.y/z?a=b&c=d ŉ ǆ ſ ﷺ ｶﾞ antidisestablishmentarianism"""
+WORDS = [*re.split("[ \n]", CORPUS), "a\tb\nc"]
 
 
 @pytest.fixture(scope="module")
