@@ -59,6 +59,7 @@ def older(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_transformers_4(older, backbones, tmp_path):
     pixels = torch.rand(2, 3, 32, 32)
     expected = {"pixels": pixels}
