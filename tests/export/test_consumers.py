@@ -10,6 +10,7 @@ import torch
 from kinds import CLIP, QUICK, SIGLIP, TEXTS, build, content, equal, image_features, text_features
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
+from test_backbone import PUBLISHED
 from transformers import (
     AutoImageProcessor,
     AutoModel,
@@ -196,3 +197,14 @@ def test_the_stretched_length_is_told_everywhere(backbones, tmp_path):
     assert content(folder / "tokenizer_config.json")["model_max_length"] == 248
     config = diffusers.files(backbone)["text_encoder/config.json"]
     assert config["max_position_embeddings"] == 248
+
+
+@pytest.mark.parametrize("name", sorted({settings["name"] for settings in PUBLISHED.values()}))
+def test_every_published_backbone_has_a_place(name):
+    """In full size, without weights: transformers' own model has the same names and shapes."""
+    with torch.device("meta"):
+        backbone = Backbone(name, "random")
+        files = TARGETS["llava"](backbone)
+        TARGETS["timm"](backbone)
+    exact = "SigLIP" in name  # SigLIP is published with approximate GELU, and open_clip computes the exact one
+    assert files["config.json"]["hidden_act"] == ("gelu" if exact else "quick_gelu")
