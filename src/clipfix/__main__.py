@@ -201,6 +201,34 @@ def annotate(cfg: DictConfig, folder: Path) -> None:
     summarize(work)
 
 
+def export(cfg: DictConfig, folder: Path) -> None:
+    """Write a model, repaired by a checkpoint or as it is, in the folders that other libraries load."""
+    from clipfix import export as exporting
+    from clipfix.export.about import about
+
+    to = [cfg.export.to] if isinstance(cfg.export.to, str) else list(cfg.export.to)
+    output = Path(cfg.export.output).expanduser()
+    settings = {"to": to, "output": output, **{key: cfg.export[key] for key in ("dtype", "overwrite", "push_to")}}
+    exporting.check(**settings)
+    saved = read_checkpoint(cfg.checkpoint) if cfg.checkpoint else {}
+    trained = OmegaConf.create(saved["config_yaml"]) if saved.get("config_yaml") else None
+    words = HydraConfig.get().overrides.task
+    asked_for = any(word.lstrip("+~").partition("=")[0].partition(".")[0] == "backbone" for word in words)
+    chosen = cfg.backbone if trained is None or asked_for else trained.backbone  # a checkpoint knows its own
+    settle(cfg)
+    backbone = instantiate(chosen)
+    if saved:
+        load_repair(backbone, cfg.checkpoint)
+    licences: Any = OmegaConf.to_container(OmegaConf.load(CONF / "licences.yaml"))
+    repair = {key: value for key, value in origin(trained).items() if key != "backbone"}
+    repair["step"] = saved.get("global_step")
+    trained_on = trained.data.train if trained else None
+    facts = about(backbone, chosen.pretrained, repair, trained_on, cfg.checkpoint, licences)
+    facts["licence"] = cfg.export.licence or facts["licence"]
+    for written in exporting.export(backbone, **settings, about=facts):
+        print(f"Wrote {written}")
+
+
 # Each verb with the groups that must be complete for it.
 VERBS = {
     "fit": (fit, ("trainer", "callbacks", "logger", "data", "eval", "diffusion", "method", "backbone")),
@@ -210,6 +238,7 @@ VERBS = {
     "prepare": (prepare, ()),  # not even data: its urls may still be open
     "compare": (compare, ("compare",)),
     "workspace": (workspace, ("logger",)),
+    "export": (export, ("export",)),
 }
 
 
@@ -317,8 +346,8 @@ def portable(node: Any, leave_out: tuple[str, ...] = ()) -> Any:
     return node.replace(str(PACKAGE), PACKAGE.name) if isinstance(node, str) else node
 
 
-def load_repair(backbone: Any, checkpoint: str) -> dict[str, Any]:
-    """The backbone's trained weights from a checkpoint of `fit`, on top of those it was built with; gives the file."""
+def read_checkpoint(checkpoint: str) -> dict[str, Any]:
+    """A checkpoint of `fit`; its tensors stay on disk until they are asked for."""
     import pickle
 
     import torch
@@ -326,7 +355,7 @@ def load_repair(backbone: Any, checkpoint: str) -> dict[str, Any]:
     if not Path(checkpoint).is_file():
         raise ValueError(f"checkpoint={checkpoint} is not there: give the checkpoint of a run, outputs/.../best.ckpt.")
     try:
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError):
         saved = {}
     state = saved.get("state_dict", {})
@@ -335,6 +364,13 @@ def load_repair(backbone: Any, checkpoint: str) -> dict[str, Any]:
             f"checkpoint={checkpoint} is none of clipfix: give the weights of a whole model (DIVA's, Long-CLIP's, "
             "OpenAI's, open_clip's) as backbone.pretrained=/path/to/file, a folder as backbone.name=/path/to/folder."
         )
+    return saved
+
+
+def load_repair(backbone: Any, checkpoint: str) -> dict[str, Any]:
+    """The backbone's trained weights from a checkpoint of `fit`, on top of those it was built with; gives the file."""
+    saved = read_checkpoint(checkpoint)
+    state = saved["state_dict"]
     prefix = "backbone."
     weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     positions = weights.get("model.text.positional_embedding")
@@ -433,7 +469,10 @@ def main() -> None:
 
 
 def named(words: list[str]) -> list[str]:
-    """`run=compare a.json b.json` in the words that hydra knows: compare.results=[a.json, b.json]."""
+    """Short words in those that hydra knows: `run=compare a.json b.json`, and `run=export to=timm output=folder`."""
+    if "run=export" in words:
+        short = ("to=", "output=", "overwrite=", "dtype=", "push_to=", "licence=")
+        return [f"export.{word}" if word.startswith(short) else word for word in words]
     if "run=compare" not in words:
         return words
     files = [word for word in words if not word.startswith("-") and ("=" not in word or Path(word).exists())]

@@ -188,7 +188,7 @@ class Backbone(nn.Module):
 
         A cut text keeps its end token, as far as the model's tokenizer gives one.
         """
-        tokens = self._tokenizer(texts, min(at_most or self.context_length, self.context_length))
+        tokens = self.tokenizer(texts, min(at_most or self.context_length, self.context_length))
         padded = F.pad(tokens, (0, self.context_length - tokens.shape[1]), value=self._padding)
         return padded.to(self.logit_scale.device)
 
@@ -197,20 +197,24 @@ class Backbone(nn.Module):
         full = (tokens[:, -1] != self._padding).tolist()  # only these are worth a second look
         if not any(full):
             return 0.0
-        longer = self._tokenizer(list(compress(texts, full)), self.context_length + 1)
+        longer = self.tokenizer(list(compress(texts, full)), self.context_length + 1)
         return int((longer[:, -1] != self._padding).sum()) / len(texts)
+
+    def as_open_clip(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The weights under the names that open_clip builds from `open_clip_config.json`, and that file's content."""
+        # open_clip's plain CLIP keeps its text tower at the top level; only a "custom text" config has `text.` keys.
+        plain = isinstance(self.text, TextTransformer) and not self.config.get("custom_text", False)
+        state = {key.removeprefix("text.") if plain else key: value for key, value in self.model.state_dict().items()}
+        return state, {"model_cfg": self.config, "preprocess_cfg": self.preprocess}
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float16) -> Path:
         """Write an open_clip folder: what `backbone.name=<folder>` and open_clip's own `local-dir:` load."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        # open_clip's plain CLIP keeps its text tower at the top level; only a "custom text" config has `text.` keys.
-        plain = isinstance(self.text, TextTransformer) and not self.config.get("custom_text", False)
-        state = {key.removeprefix("text.") if plain else key: value for key, value in self.model.state_dict().items()}
+        state, described = self.as_open_clip()
         weights = folder / WEIGHT_FILES[0]
         save_file({key: value.to("cpu", dtype).contiguous() for key, value in state.items()}, weights)
         weights.chmod(0o644)  # safetensors writes for its owner alone, but folders are shared and shipped
-        described = {"model_cfg": self.config, "preprocess_cfg": self.preprocess}
         (folder / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n")
         return folder
 
@@ -224,10 +228,10 @@ class Backbone(nn.Module):
     @cached_property
     def _padding(self) -> int:
         """The token that fills up the context behind a text."""
-        return int(self._tokenizer([""], self.context_length)[0, -1])
+        return int(self.tokenizer([""], self.context_length)[0, -1])
 
     @cached_property
-    def _tokenizer(self) -> SimpleTokenizer | HFTokenizer:
+    def tokenizer(self) -> SimpleTokenizer | HFTokenizer:
         """Built when the first text comes: some tokenizers live on the hub, and a picture needs none."""
         text = self.config["text_cfg"]
         options = text.get("tokenizer_kwargs", {})

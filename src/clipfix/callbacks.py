@@ -1,4 +1,4 @@
-"""What a run tells about itself while it trains, beside its losses."""
+"""What a run tells about itself while it trains, beside its losses, and the folder that a pretraining ends in."""
 
 import resource
 import time
@@ -7,6 +7,8 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import RichProgressBar
+
+from clipfix.backbone import Backbone
 
 
 class Progress(RichProgressBar):
@@ -52,6 +54,18 @@ class Throughput(L.Callback):
             pl_module.log("perf/memory_gb", peak_memory_gb())
             pl_module.log("data/skipped", float(self.skipped), sync_dist=True, reduce_fx="sum")
             self.restart()
+
+
+class SaveFolder(L.Callback):
+    """Writes the backbone as an open_clip folder when training ends: `backbone.name=<folder>` loads it."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module.backbone, Backbone)
+        if trainer.is_global_zero:
+            pl_module.backbone.save(self.folder)
 
 
 def peak_memory_gb() -> float:

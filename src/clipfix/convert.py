@@ -184,11 +184,11 @@ def joined(state: Mapping[str, Tensor]) -> State:
 
 
 def renamed(key: str, names: Mapping[str, str], block: Mapping[str, str]) -> str:
-    """The name of a weight in open_clip; one that no table has stays as it is, and loading calls it unexpected."""
+    """A weight's name by the tables, in either direction; one that none has stays, and loading calls it unexpected."""
     for theirs, ours in names.items():
         if key.startswith(theirs):
             number, dot, rest = key.removeprefix(theirs).partition(".")
-            if theirs.endswith(".layers."):
+            if theirs.endswith((".layers.", "blocks.")):
                 begin = next((begin for begin in block if rest.startswith(begin)), "")
                 rest = block.get(begin, "") + rest.removeprefix(begin)
             return ours + number + dot + rest

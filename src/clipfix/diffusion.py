@@ -6,11 +6,9 @@ ships with this package is such a folder too; only its autoencoder, `PatchPCA`, 
 """
 
 import copy
-import gzip
 import json
 from contextlib import nullcontext
 from hashlib import blake2b
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,11 +22,12 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from jaxtyping import Float, Int
 from safetensors.torch import save_file
-from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging
+
+from clipfix.export.tokenizer import clip_tokenizer
 
 logging.disable_progress_bar()  # a bar for the second that a text encoder takes to load breaks the run's own
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -315,20 +314,6 @@ def blank(
     parts = UNet2DConditionModel(**unet), PatchPCA(**vae), text_model, tokenizer, DDPMScheduler(**scheduler)
     _write(folder, torch.float32, *parts)
     return Diffusion(folder)
-
-
-def clip_tokenizer(context_length: int) -> CLIPTokenizer:
-    """CLIP's byte-pair vocabulary as transformers spells it, from the merges file that open_clip ships.
-
-    The order is that of OpenAI's release: 256 byte symbols, the same as word ends, one word piece a merge, two marks.
-    """
-    packed = files("open_clip") / "bpe_simple_vocab_16e6.txt.gz"
-    lines = gzip.decompress(packed.read_bytes()).decode().split("\n")
-    merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]
-    symbols = sorted(ByteLevel.alphabet())
-    pieces = symbols + [s + "</w>" for s in symbols] + ["".join(merge) for merge in merges]
-    vocab = {piece: index for index, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=context_length)  # type: ignore[arg-type]
 
 
 def _folder(path: str, revision: str | None) -> Path:

@@ -1,0 +1,106 @@
+"""What an exported folder says of itself: README.md for people and the hub, provenance.json for programs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from clipfix.backbone import Backbone
+from clipfix.export.folder import PROVENANCE, Files
+
+LIBRARIES = {
+    "open_clip": "open_clip",
+    "transformers": "transformers",
+    "llava": "transformers",
+    "diffusers": "diffusers",
+    "diffusers_2": "diffusers",
+    "sentence_transformers": "sentence-transformers",
+    "timm": "timm",
+}
+USE = {
+    "open_clip": """model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")
+tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")""",
+    "transformers": """model = AutoModel.from_pretrained("FOLDER")
+processor = AutoProcessor.from_pretrained("FOLDER")
+inputs = processor(text=texts, images=images, padding="max_length", truncation=True, return_tensors="pt")""",
+    "llava": """# LLaVA: --vision_tower FOLDER, or "mm_vision_tower" in its config.json
+tower = AutoModel.from_pretrained("FOLDER")
+processor = AutoImageProcessor.from_pretrained("FOLDER")""",
+    "diffusers": """text_encoder = CLIPTextModel.from_pretrained("FOLDER", subfolder="text_encoder")
+tokenizer = CLIPTokenizer.from_pretrained("FOLDER", subfolder="tokenizer")
+pipeline = StableDiffusionPipeline.from_pretrained(model, text_encoder=text_encoder, tokenizer=tokenizer)
+# SDXL joins its two encoders token by token, so both must read LENGTH tokens""",
+    "diffusers_2": """text_encoder = CLIPTextModelWithProjection.from_pretrained("FOLDER", subfolder="text_encoder_2")
+tokenizer = CLIPTokenizer.from_pretrained("FOLDER", subfolder="tokenizer_2")
+# SDXL joins its two encoders token by token, so both must read LENGTH tokens
+pipeline = StableDiffusionXLPipeline.from_pretrained(model, text_encoder_2=text_encoder, tokenizer_2=tokenizer, ...)""",
+    "sentence_transformers": """model = SentenceTransformer("FOLDER")  # 6 or later
+features = model.encode(texts_or_pictures)""",
+    "timm": """model = timm.create_model("local-dir:FOLDER", pretrained=True)
+transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))""",
+    "comfyui": "# put the .safetensors into ComfyUI/models/text_encoders and choose it in DualCLIPLoader or CLIPLoader",
+}
+
+
+def files(backbone: Backbone, target: str, about: Mapping[str, Any]) -> Files:
+    """`about`: `facts` of the export's verb, and `scores` where a result file is about these very weights."""
+    about = {**about, "target": target, "context_length": backbone.context_length, "image_size": backbone.image_size}
+    return {"README.md": readme(target, about), PROVENANCE: about}
+
+
+def readme(target: str, about: Mapping[str, Any]) -> str:
+    """A model card: where it comes from, how to load it, what it scores, what it is not."""
+    licence = about.get("licence")
+    header = {"license": licence or "other", "library_name": LIBRARIES.get(target), "tags": "[clip, clipfix]"}
+    lines = ["---", *(f"{key}: {value}" for key, value in header.items() if value), "---", ""]
+    method = about.get("method")
+    lines += [f"# {about['model']}, {f'repaired by {method}' if method else 'as it was'}", ""]
+    lines += ["Written by clipfix. How it loads:", "", "```python"]
+    lines += [USE[target].replace("LENGTH", str(about["context_length"])), "```", ""]
+    lines += ["## Where it comes from", ""]
+    unknown = "not known here: look it up before you pass the model on"
+    rows = {
+        "base model": " ".join(str(part) for part in (about["model"], about.get("pretrained")) if part),
+        "licence of the base weights": licence or unknown,
+        "method": " ".join(str(about[key]) for key in ("method", "control") if about.get(key)) or "none",
+        "share of the trained weights (WiSE)": about.get("wise"),
+        "trained on": ", ".join(about.get("trained_on") or ()) or None,
+        "steps": about.get("step"),
+        "seed": about.get("trained_with_seed"),
+        "text": f"{about['context_length']} tokens",
+        "pictures": f"{about['image_size']} x {about['image_size']}",
+        "precision": about["dtype"],
+        "SHA-256 of the weights": about["weights"],
+    }
+    lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items() if value is not None), ""]
+    lines += ["The whole recipe is in provenance.json.", "", *scored(about), *limits(target, about)]
+    return "\n".join(lines) + "\n"
+
+
+def scored(about: Mapping[str, Any]) -> list[str]:
+    """The scores before and after, where there are such."""
+    scores = about.get("scores")
+    if not scores:
+        return ["## Scores", "", "None: no result file of these very weights lay beside the checkpoint.", ""]
+    names = list(next(iter(scores.values())))
+    lines = ["## Scores", "", "In percent, in fp32, of these very weights.", ""]
+    lines += [f"| | {' | '.join(scores)} |", "|---|" + "---:|" * len(scores)]
+    for name in names:
+        values = " | ".join(f"{column[name]:.1f}" for column in scores.values())
+        lines.append(f"| {name.removeprefix('eval/').replace('_', ' ')} | {values} |")
+    return [*lines, ""]
+
+
+def limits(target: str, about: Mapping[str, Any]) -> list[str]:
+    """What a reader must not take for granted."""
+    lines = ["## Limits", ""]
+    lines.append("- It knows and judges as its base model does, with that model's biases; a repair mends one fault.")
+    if about.get("scores"):
+        lines.append("- One training run, scored once: how far seeds differ is not in these numbers.")
+    if about["dtype"] != "fp32":
+        lines.append(f"- Scores are of fp32 weights; these are rounded to {about['dtype']}.")
+    if target in ("diffusers", "diffusers_2", "comfyui"):
+        lines.append("- An image generator was trained with the base model's text encoder: look at what it draws.")
+    if target in ("transformers", "sentence_transformers"):
+        lines.append("- Texts are cleaned as open_clip does, but text in a wrong encoding is not mended.")
+    if target == "timm":
+        lines.append("- The visual tower alone: there is no text in it.")
+    return lines

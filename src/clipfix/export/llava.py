@@ -1,0 +1,15 @@
+"""A vision tower for LLaVA and its kin: what `CLIPVisionModel` or `SiglipVisionModel` and its image processor read."""
+
+from clipfix.backbone import Backbone
+from clipfix.export import transformers
+from clipfix.export.folder import Files, Weights
+
+
+def files(backbone: Backbone) -> Files:
+    """The visual tower alone, under the names `vision_model.*` that transformers 4 needs, which LLaVA brings."""
+    state, config = transformers.model(backbone)
+    tower = {key: value for key, value in state.items() if key.startswith("vision_model.")}
+    name = config["architectures"][0].replace("Model", "VisionModel")
+    described = {"architectures": [name], **config["vision_config"]}
+    weights: Files = {"config.json": described, "model.safetensors": Weights(tower, in_parts=True)}
+    return weights | transformers.image_files(backbone)

@@ -1,0 +1,22 @@
+"""open_clip's own folder: `open_clip.create_model_and_transforms("local-dir:folder")`. It holds every model."""
+
+from open_clip.tokenizer import HFTokenizer
+
+from clipfix.backbone import CONFIG_FILE, WEIGHT_FILES, Backbone
+from clipfix.export.folder import Files, Weights
+from clipfix.export.tokenizer import hub_files
+
+
+def files(backbone: Backbone) -> Files:
+    """Config and weights; and the tokenizer, where it is none of open_clip's own: it is looked for in the folder.
+
+    A stretched text tower is told by `text_cfg.context_length`, which open_clip gives to model and tokenizer; were it
+    left at 77, open_clip would silently interpolate the table back.
+    """
+    state, described = backbone.as_open_clip()
+    content: Files = {CONFIG_FILE: described, WEIGHT_FILES[0]: Weights(state)}
+    if "hf_tokenizer_name" in backbone.config["text_cfg"]:
+        tokenizer = backbone.tokenizer
+        assert isinstance(tokenizer, HFTokenizer)
+        content |= hub_files(tokenizer.tokenizer, backbone.context_length, clean=None)
+    return content

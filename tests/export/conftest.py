@@ -1,0 +1,1 @@
+from kinds import backbone, backbones, picture  # noqa: F401
