@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from clipfix.__main__ import CONF, PACKAGE
+from clipfix import CONF, PACKAGE
 from clipfix.backbone import Backbone
 from clipfix.diffusion import Diffusion, clip_tokenizer
 from clipfix.functional.denoising import denoising_loss

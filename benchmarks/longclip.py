@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from clipfix.__main__ import CONF, PACKAGE
+from clipfix import CONF, PACKAGE
 from clipfix.backbone import Backbone
 from clipfix.methods.longclip import LongCLIP
 

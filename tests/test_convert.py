@@ -17,8 +17,8 @@ from torch.nn.functional import normalize
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, SiglipConfig, SiglipModel
 
 from clipfix import convert
-from clipfix.__main__ import load_repair
 from clipfix.backbone import Backbone, _fitting
+from clipfix.checkpoints import load_repair
 
 QUICK = CLIP | {"quick_gelu": True}
 TEXTS = ["a red circle", "two dogs, and a blue square above them"]

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusi
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from clipfix.__main__ import PACKAGE
+from clipfix import PACKAGE
 from clipfix.diffusion import DTYPES, Diffusion, PatchPCA, clip_tokenizer
 
 NOISE = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}

@@ -8,8 +8,8 @@ from test_convert import transformers_clip, vocabulary  # noqa: F401
 from torch import nn
 
 from clipfix import provenance
-from clipfix.__main__ import load_repair
 from clipfix.backbone import Backbone, weights_hash
+from clipfix.checkpoints import load_repair
 from clipfix.evals.probes import Probes
 from clipfix.evals.retrieval import Retrieval
 

@@ -12,7 +12,7 @@ from wandb.cli.cli import cli
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
 from wandb_api import server
 
-from clipfix.__main__ import CONF
+from clipfix import CONF
 
 SWEEPS = Path(__file__).parents[1] / "sweeps"
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))

@@ -9,8 +9,8 @@ from test_backbone import VARIANTS, architecture
 from test_contract import fit
 from torch import nn
 
-from clipfix.__main__ import load_repair
 from clipfix.backbone import Backbone
+from clipfix.checkpoints import load_repair
 from clipfix.trained import add_lora, merged, trained_parts
 
 LORA = {"rank": 4, "alpha": 6}

@@ -10,7 +10,7 @@ from small import METHODS, batch, build
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from clipfix.__main__ import load_repair
+from clipfix.checkpoints import load_repair
 from clipfix.evals import Benchmark
 from clipfix.evals.selection import Selection
 from clipfix.wise import WiSE

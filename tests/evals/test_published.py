@@ -12,7 +12,8 @@ import torch
 from omegaconf import OmegaConf
 from planted import Planted
 
-from clipfix.__main__ import CONF, main
+from clipfix import CONF
+from clipfix.__main__ import main
 
 NAMES = ("mmvp", "urban1k", "coco", "imagenet", "sugarcrepe", "winoground")  # the others are not there
 PICTURES = 48

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from test_main import DATA, RUN, WORLD, clipfix, refusal, scenes  # noqa: F401
 from transformers import CLIPModel
 
-from clipfix.__main__ import load_repair
 from clipfix.backbone import Backbone, weights_hash
+from clipfix.checkpoints import load_repair
 
 TINY = Path(__file__).parents[2] / "src" / "clipfix" / "tiny" / "clip"
 QUICK = [*RUN, *DATA, *WORLD, "method.steps=2"]

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from small import batch, build
 
-from clipfix.__main__ import load_repair
 from clipfix.backbone import Backbone
+from clipfix.checkpoints import load_repair
 from clipfix.functional.components import principal_reconstruction
 from clipfix.functional.contrastive import contrastive_loss
 from clipfix.functional.positions import stretch

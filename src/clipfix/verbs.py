@@ -1,0 +1,315 @@
+"""What a run may do, one function a verb: build from the config, work, leave something behind.
+
+Heavy libraries are imported inside the verbs: `--help`, `--cfg job` and a mistyped key must answer at once.
+"""
+
+import copy
+import logging
+import os
+import time
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from clipfix import CONF
+from clipfix.checkpoints import checkpoint_to_resume, load_repair, read_checkpoint
+
+# Warnings about what is meant to be so, which would push the table off the screen.
+HARMLESS = (
+    r"Found \d+ module\(s\) in eval mode",  # frozen models rest in eval mode
+    r"`isinstance\(treespec, LeafSpec\)`",  # between Lightning and torch
+    r"Total length of `list` across ranks is zero",  # a run without a selection split
+    r"You defined a `validation_step` but have no",  # the same
+    r"Checkpoint directory .* exists and is not empty",  # a resumed run
+    r"y_pred contains classes not in y_true",  # a probe on a small test split
+    r"WebDataset\(shardshuffle=...\) is None",  # clip_benchmark reads in order, and means to
+)
+
+
+def fit(cfg: DictConfig, folder: Path) -> None:
+    """Score, train, score what the selection split prefers, report."""
+    started = time.perf_counter()
+    backbone, benchmarks = build(cfg)
+    from lightning.pytorch.callbacks import LambdaCallback
+
+    from clipfix import provenance, report
+    from clipfix.backbone import weights_hash
+    from clipfix.evals import evaluate
+    from clipfix.evals.features import TextCache
+    from clipfix.wise import WiSE
+
+    # What is scored, before and with the repair loaded. A method may rebuild its own backbone: Long-CLIP, LoRA.
+    scored = copy.deepcopy(backbone)
+    method, data = method_and_data(cfg, backbone)  # missing shards are named before anything is scored
+    method.config_yaml = OmegaConf.to_yaml(cfg, resolve=True)
+    scores: dict[str, dict[str, float]] = {}
+    weights: dict[str, str] = {}
+    facts: dict[str, Any] = {}
+    texts: TextCache = {}  # most repairs leave the text tower as it is
+
+    def rate(when: str, trainer: Any) -> None:
+        scored.to(trainer.strategy.root_device)
+        scores[when] = evaluate(scored, benchmarks, texts)
+        if trainer.is_global_zero:
+            weights[when] = weights_hash(scored.model)
+            facts.update(facts or provenance.facts(scored, benchmarks))
+        scored.to("cpu")  # training wants the memory
+
+    # Asked for by a callback, as only then all ranks are there to share the work.
+    before = LambdaCallback(on_fit_start=lambda trainer, _: rate("before", trainer))
+    callbacks = dict(instantiate(cfg.callbacks)) | selection(cfg, folder) | {"before": before}
+    watched = callbacks["selection"].benchmarks.values() if "selection" in callbacks else ()
+    chosen_by = [source for benchmark in watched for source in benchmark.sources().values()]
+    seen = {"data.train": [data.train], "data.selection": [data.selection], "eval.selection": chosen_by}
+    provenance.check_splits(benchmarks, seen)
+    if cfg.wise is not None:
+        callbacks["wise"] = WiSE(cfg.wise)
+    loggers = list(instantiate(cfg.logger).values())
+    trainer = instantiate(cfg.trainer, callbacks=[c for c in callbacks.values() if c is not None], logger=loggers)
+
+    if trainer.is_global_zero:
+        (folder / "config.yaml").write_text(method.config_yaml)
+        report.describe(config_and_choices(cfg), loggers)
+    trainer.fit(method, data, ckpt_path=checkpoint_to_resume(cfg.resume, folder), weights_only=True)
+
+    last = folder / "checkpoints" / "last.ckpt"
+    trainer.save_checkpoint(last)
+    best = callbacks["best"].best_model_path if "best" in callbacks else ""
+    # A run of no steps never asked which is best: it shows what a method changes at once.
+    chosen = trainer.strategy.broadcast(best or str(last))
+    step = load_repair(scored, chosen)["global_step"]
+    rate("after", trainer)
+    if trainer.is_global_zero:
+        facts |= {"backbone": choice("backbone")} | provenance.repair(cfg) | provenance.asked(cfg)
+        facts |= {"weights": weights, "precision": {"scores": "fp32", "training": cfg.trainer.precision}}
+        seconds = time.perf_counter() - started
+        facts |= {"checkpoint": os.path.relpath(chosen, folder), "step": step, "seed": cfg.seed, "seconds": seconds}
+        report.write(folder, scores, benchmarks, facts, loggers)
+
+
+def score(cfg: DictConfig, folder: Path) -> None:
+    """Score the backbone, or a checkpoint of an earlier run, without training."""
+    started = time.perf_counter()
+    backbone, benchmarks = build(cfg)
+    from lightning.fabric import Fabric
+
+    from clipfix import provenance, report
+    from clipfix.backbone import weights_hash
+    from clipfix.evals import evaluate
+
+    if cfg.data.prepare and cfg.data.prepare.root in str(provenance.asked(cfg)):  # a benchmark reads what it makes
+        instantiate(cfg.data.prepare)()
+    repair = load_repair(backbone, cfg.checkpoint) if cfg.checkpoint else {}
+    ranks = Fabric(**{key: cfg.trainer[key] for key in ("accelerator", "devices", "num_nodes") if key in cfg.trainer})
+    ranks.launch()
+    scores = {"score": evaluate(backbone.to(ranks.device), benchmarks)}
+    if ranks.is_global_zero:
+        facts = provenance.facts(backbone, benchmarks)
+        trained = OmegaConf.create(repair["config_yaml"]) if repair else None
+        facts |= {"backbone": choice("backbone")} | provenance.repair(trained) | provenance.asked(cfg)
+        facts |= {"weights": {"score": weights_hash(backbone.model)}, "precision": {"scores": "fp32"}}
+        facts |= {"checkpoint": cfg.checkpoint, "seed": cfg.seed, "seconds": time.perf_counter() - started}
+        report.write(folder, scores, benchmarks, facts)
+    ranks.barrier()  # who is done tidies the folder up, while it is empty
+
+
+def compare(cfg: DictConfig, folder: Path) -> None:
+    """Results of earlier runs side by side: a table, pictures and report.html. No model is loaded."""
+    from clipfix.compare import compare
+
+    published: Any = OmegaConf.to_container(OmegaConf.load(CONF / "published.yaml"))
+    pictures = compare(folder, cfg.seed, published, **cfg.compare)
+    if cfg.logger.get("wandb"):  # Lightning and W&B take seconds to import: after the table is read
+        from clipfix import report
+
+        logger = instantiate(cfg.logger.wandb, name="compare", group="compare")
+        report.describe({"compare": OmegaConf.to_container(cfg.compare)}, [logger])
+        for path in pictures:
+            report.show(f"compare/{path.stem}", path, [logger])
+
+
+def workspace(cfg: DictConfig, folder: Path) -> None:
+    """Save the W&B workspace that clipfix/workspace.py defines, for the benchmarks of `eval`, as a new view."""
+    if "wandb" not in cfg.logger:
+        raise ValueError("run=workspace is saved to W&B: leave logger=wandb as it is.")
+    if find_spec("wandb_workspaces") is None:
+        raise ValueError("run=workspace needs a package that is not installed: pip install 'clipfix[workspace]'")
+    if wandb_mode() != "online":
+        raise ValueError("W&B is offline here, and run=workspace saves to it: `wandb login`, or set WANDB_API_KEY.")
+    import wandb
+
+    from clipfix.workspace import workspace
+
+    to, watched = cfg.logger.wandb, list(cfg.eval.selection or ())
+    if not (entity := to.entity or wandb.Api().default_entity):
+        raise ValueError("W&B knows no default entity of yours: name a user or team, as in logger.wandb.entity=...")
+    view = workspace(entity, to.project, list(cfg.eval.benchmarks), watched, cfg.eval.selection_metric)
+    print(f"Workspace: {view.save().url}")
+
+
+def prepare(cfg: DictConfig, folder: Path) -> None:
+    """Make the shards of `data`, without training on them."""
+    if cfg.data.prepare is None:
+        raise ValueError(f"data={choice('data')} has nothing to prepare, its data.prepare is null: try data=sharegpt4v")
+    print(f"Shards are in {instantiate(cfg.data.prepare)()}")
+
+
+def thresholds(cfg: DictConfig, folder: Path) -> None:
+    """What the frozen reference of a method that mines says of the data, and the thresholds that follow from it."""
+    if not hasattr(get_class(cfg.method._target_), "look"):
+        raise ValueError(
+            f"run=thresholds is for methods that mine positives. method={choice('method')} does not: try method=fff"
+        )
+    import torch
+
+    from clipfix.mining.survey import survey
+
+    method, data = method_and_data(cfg, start(cfg))
+    survey(method.to("cuda" if torch.cuda.is_available() else "cpu"), data, folder, **cfg.survey)
+
+
+def annotate(cfg: DictConfig, folder: Path) -> None:
+    """Write the shards of `data.train` anew, with what a frozen model says of each sample."""
+    from clipfix.annotate import annotate, plan, summarize
+
+    settle(cfg)
+    if cfg.data.prepare:
+        instantiate(cfg.data.prepare)()
+    settings: Any = OmegaConf.to_container(cfg.annotator, resolve=True)
+    work = plan(cfg.data.train, cfg.annotator.output, settings, cfg.data.allow_pipe)
+    if work.missing:
+        # An annotator says in its own yaml how precisely it computes: the trainer's precision is that of training.
+        alone: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        trainer = instantiate(cfg.trainer, _partial_=True, precision="32-true", **alone)
+        annotate(instantiate(cfg.annotator), work, cfg.data.workers, trainer)
+    summarize(work)
+
+
+def export(cfg: DictConfig, folder: Path) -> None:
+    """Write a model, repaired by a checkpoint or as it is, in the folders that other libraries load."""
+    from clipfix import export as exporting
+    from clipfix import provenance
+    from clipfix.export.about import about
+
+    to = [cfg.export.to] if isinstance(cfg.export.to, str) else list(cfg.export.to)
+    output = Path(cfg.export.output).expanduser()
+    settings = {"to": to, "output": output, **{key: cfg.export[key] for key in ("dtype", "overwrite", "push_to")}}
+    exporting.check(**settings)
+    saved = read_checkpoint(cfg.checkpoint) if cfg.checkpoint else {}
+    trained = OmegaConf.create(saved["config_yaml"]) if saved.get("config_yaml") else None
+    words = HydraConfig.get().overrides.task
+    asked_for = any(word.lstrip("+~").partition("=")[0].partition(".")[0] == "backbone" for word in words)
+    chosen = cfg.backbone if trained is None or asked_for else trained.backbone  # a checkpoint knows its own
+    settle(cfg)
+    backbone = instantiate(chosen)
+    if saved:
+        load_repair(backbone, cfg.checkpoint)
+    licences: Any = OmegaConf.to_container(OmegaConf.load(CONF / "licences.yaml"))
+    repair = provenance.repair(trained) | {"step": saved.get("global_step")}
+    trained_on = trained.data.train if trained else None
+    facts = about(backbone, chosen.pretrained, repair, trained_on, cfg.checkpoint, licences)
+    facts["licence"] = cfg.export.licence or facts["licence"]
+    for written in exporting.export(backbone, **settings, about=facts):
+        print(f"Wrote {written}")
+
+
+# Each verb with the groups that must be complete for it.
+VERBS = {
+    "fit": (fit, ("trainer", "callbacks", "logger", "data", "eval", "diffusion", "method", "backbone")),
+    "eval": (score, ("trainer", "eval", "backbone")),
+    "thresholds": (thresholds, ("data", "method", "backbone")),
+    "annotate": (annotate, ("trainer", "data", "annotator", "diffusion", "backbone")),
+    "prepare": (prepare, ()),  # not even data: its urls may still be open
+    "compare": (compare, ("compare",)),
+    "workspace": (workspace, ("logger",)),
+    "export": (export, ("export",)),
+}
+
+
+def build(cfg: DictConfig) -> tuple[Any, dict[str, Any]]:
+    """What every verb that scores starts from: the backbone, and those benchmarks whose data is there.
+
+    Published data is looked for by its own settings: what is missing is named before torch is imported.
+    """
+    from clipfix.sets import present
+
+    wanted = dict(cfg.eval.benchmarks)
+    published = {name: instantiate(one.shards) for name, one in wanted.items() if OmegaConf.is_dict(one.get("shards"))}
+    benchmarks = {name: instantiate(one) for name, one in present(wanted, published).items()}
+    return start(cfg), benchmarks
+
+
+def start(cfg: DictConfig) -> Any:
+    """The backbone, in a settled process."""
+    settle(cfg)
+    return instantiate(cfg.backbone)
+
+
+def settle(cfg: DictConfig) -> None:
+    """A seeded process that warns of what matters."""
+    import lightning as L
+
+    for harmless in HARMLESS:
+        warnings.filterwarnings("ignore", harmless)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+
+
+def method_and_data(cfg: DictConfig, backbone: Any) -> tuple[Any, Any]:
+    """The method, and data that give what it reads and are there."""
+    method = instantiate(cfg.method, backbone=backbone)
+    if absent := [name for name in method.reads if not cfg.data.texts.get(name)]:
+        raise ValueError(
+            f"method={choice('method')} reads data.texts.{absent[0]}, which data="
+            f"{choice('data')} does not give. Say where it lies in your shards, as in "
+            f"'++data.texts.{absent[0]}={{key: {absent[0]}, pick: one, k: 1}}' (data/README.md), or choose a method."
+        )
+    if method.reads_features and cfg.data.features is None:
+        raise ValueError(
+            "method.reference is null, so its features are read from the shards: write them by run=annotate "
+            "annotator=features (data/README.md) and set data.features=features.npz, or name a reference."
+        )
+    latents_of = method.latents_of if cfg.data.latents else None  # it reads every weight of an autoencoder
+    if cfg.data.latents and latents_of is None:
+        raise ValueError(f"method={choice('method')} reads no stored latents: set data.latents=null.")
+    data = instantiate(cfg.data, image_size=method.image_size, latents_of=latents_of)
+    data.prepare_data()
+    data.setup("fit")
+    return method, data
+
+
+def selection(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """Callbacks that score the selection split and keep the best checkpoint by it, where there is such a split."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from clipfix.evals.selection import Selection
+
+    if not cfg.eval.selection or cfg.data.selection is None:
+        return {}
+    metric = cfg.eval.selection_metric
+    best = ModelCheckpoint(folder / "checkpoints", filename="best", monitor=f"selection/{metric}", mode="max")
+    return {"selection": Selection(instantiate(cfg.eval.selection), metric), "best": best}
+
+
+def choice(group: str) -> str:
+    """What was chosen of a group of the config."""
+    return HydraConfig.get().runtime.choices[group]
+
+
+def config_and_choices(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved config, and under `choices` what was chosen of each group: a method's config has not its name."""
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    choices = HydraConfig.get().runtime.choices
+    return {"choices": {group: name for group, name in choices.items() if not group.startswith("hydra/")}} | config
+
+
+def wandb_mode() -> str:
+    """W&B goes online where somebody is logged in, and asks nobody anything elsewhere; WANDB_MODE has the last word."""
+    import wandb
+
+    return os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
