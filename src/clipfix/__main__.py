@@ -22,12 +22,12 @@ from clipfix.verbs import VERBS, wandb_mode
 
 
 def run_folder(verb: str, name: str, resume: str | None) -> str:
-    """A new folder under outputs/<name>, or the newest one that has a checkpoint when resume=auto."""
+    """A new folder under outputs/<name>, or with resume=auto that of the newest run of `fit`, however far it came."""
     if verb == "compare":
         name = verb  # of several methods and backbones
-    started = sorted(Path("outputs", name).glob("*/checkpoints/last.ckpt"))
+    started = sorted(Path("outputs", name).glob("*/config.yaml"))
     if resume == "auto" and started:
-        return str(started[-1].parents[1])
+        return str(started[-1].parent)
     return str(Path("outputs", name, datetime.now().strftime("%Y-%m-%d_%H-%M-%S")))
 
 

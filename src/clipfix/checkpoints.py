@@ -1,15 +1,67 @@
-"""Checkpoints of `fit`: read without running code, laid over a backbone, found again to resume."""
+"""Checkpoints of `fit`: written whole or not at all, read without running code, found again to resume."""
 
+import os
+import pickle
+import uuid
 from pathlib import Path
 from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+# -- written -----------------------------------------------------------------------------------------------------------
+
+
+class WholeFiles(TorchCheckpointIO):
+    """A checkpoint takes its name when all of it is on disk: whatever happens before, the one of that name stays.
+
+    Departs from Lightning's own, which writes into the temporary folder and copies from there to another disk.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        path = Path(path)
+        draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for left in path.parent.glob(f".{path.name}.*.part"):  # by a run that was killed as it wrote
+                left.unlink(missing_ok=True)
+            with draft.open("xb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
+        except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into the latter
+            draft.unlink(missing_ok=True)
+            raise ValueError(
+                f"{path} cannot be written ({error}): make room, or write elsewhere by hydra.run.dir=. "
+                "What was saved before is whole: resume=auto goes on from there."
+            ) from error
+
+
+class SaveWhenStopped(L.Callback):
+    """Saves to `path` when the process is asked to end (SIGTERM), as by SLURM before it gives the node to others.
+
+    Lightning then stops between two batches. Within an accumulated step it is not saved, as its gradient would be
+    lost: the run goes on from the checkpoint before.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        seen: Any = pl_module.batches_seen
+        whole = seen % trainer.accumulate_grad_batches == 0
+        if isinstance(exception, SIGTERMException) and whole and not trainer.validating:
+            trainer.save_checkpoint(self.path)
+
+
+# -- read --------------------------------------------------------------------------------------------------------------
 
 
 def read_checkpoint(checkpoint: str) -> dict[str, Any]:
     """A checkpoint of `fit`; its tensors stay on disk until they are asked for."""
-    import pickle
-
-    import torch
-
     if not Path(checkpoint).is_file():
         raise ValueError(f"checkpoint={checkpoint} is not there: give the checkpoint of a run, outputs/.../best.ckpt.")
     try:
@@ -44,9 +96,17 @@ def load_repair(backbone: Any, checkpoint: str) -> dict[str, Any]:
 
 
 def checkpoint_to_resume(resume: str | None, folder: Path) -> str | None:
-    """`auto` means the newest checkpoint of this run folder, which `run_folder` chose to continue."""
+    """`auto` means the newest checkpoint that can be read of this run folder, which `run_folder` chose to continue."""
     if resume != "auto":
         return resume
-    newest = folder / "checkpoints" / "last.ckpt"
-    print(f"Resuming {newest}" if newest.exists() else "Nothing to resume: a new run starts.")
-    return str(newest) if newest.exists() else None
+    found = folder.glob("checkpoints/*.ckpt")
+    for path in sorted(found, key=lambda path: (path.name == "last.ckpt", path.stat().st_mtime), reverse=True):
+        try:
+            read_checkpoint(str(path))
+        except ValueError:
+            print(f"{path} is cut off or no checkpoint of fit: passed over.")
+        else:
+            print(f"Resuming {path}")
+            return str(path)
+    print(f"Nothing to resume: {folder} starts from the beginning.")
+    return None

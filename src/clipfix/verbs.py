@@ -6,6 +6,8 @@ Heavy libraries are imported inside the verbs: `--help`, `--cfg job` and a misty
 import copy
 import logging
 import os
+import signal
+import sys
 import time
 import warnings
 from importlib.util import find_spec
@@ -17,7 +19,6 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from clipfix import CONF
-from clipfix.checkpoints import checkpoint_to_resume, load_repair, read_checkpoint
 
 # Warnings about what is meant to be so, which would push the table off the screen.
 HARMLESS = (
@@ -36,9 +37,11 @@ def fit(cfg: DictConfig, folder: Path) -> None:
     started = time.perf_counter()
     backbone, benchmarks = build(cfg)
     from lightning.pytorch.callbacks import LambdaCallback
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from clipfix import provenance, report
     from clipfix.backbone import weights_hash
+    from clipfix.checkpoints import checkpoint_to_resume, load_repair
     from clipfix.evals import evaluate
     from clipfix.evals.features import TextCache
     from clipfix.wise import WiSE
@@ -75,7 +78,11 @@ def fit(cfg: DictConfig, folder: Path) -> None:
     if trainer.is_global_zero:
         (folder / "config.yaml").write_text(method.config_yaml)
         report.describe(config_and_choices(cfg), loggers)
-    trainer.fit(method, data, ckpt_path=checkpoint_to_resume(cfg.resume, folder), weights_only=True)
+    try:
+        trainer.fit(method, data, ckpt_path=checkpoint_to_resume(cfg.resume, folder), weights_only=True)
+    except SIGTERMException:
+        print(f"Stopped by SIGTERM after step {trainer.global_step}: resume=auto goes on.")
+        sys.exit(128 + signal.SIGTERM)  # Lightning's own code says that all went well
 
     last = folder / "checkpoints" / "last.ckpt"
     trainer.save_checkpoint(last)
@@ -100,6 +107,7 @@ def score(cfg: DictConfig, folder: Path) -> None:
 
     from clipfix import provenance, report
     from clipfix.backbone import weights_hash
+    from clipfix.checkpoints import load_repair
     from clipfix.evals import evaluate
 
     if cfg.data.prepare and cfg.data.prepare.root in str(provenance.asked(cfg)):  # a benchmark reads what it makes
@@ -194,6 +202,7 @@ def export(cfg: DictConfig, folder: Path) -> None:
     """Write a model, repaired by a checkpoint or as it is, in the folders that other libraries load."""
     from clipfix import export as exporting
     from clipfix import provenance
+    from clipfix.checkpoints import load_repair, read_checkpoint
     from clipfix.export.about import about
 
     to = [cfg.export.to] if isinstance(cfg.export.to, str) else list(cfg.export.to)
