@@ -288,7 +288,7 @@ def test_unfetchable_weights_name_the_config_key(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("name", WEIGHT_FILES)
 def test_a_file_is_mapped_and_never_changed(folder: Path, plain: nn.Module, name: str) -> None:
-    """A model is in memory once: what it computes with is the file, until training changes it, and then its own copy."""
+    """A model is in memory once: it computes with the file itself, until training changes it, and then its own copy."""
     file = folder / name
     (save_file if file.suffix == ".safetensors" else torch.save)(plain.state_dict(), file)
     backbone = Backbone(str(folder))

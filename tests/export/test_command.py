@@ -15,7 +15,8 @@ from clipfix.backbone import Backbone, weights_hash
 from clipfix.checkpoints import load_repair
 
 TINY = Path(__file__).parents[2] / "src" / "clipfix" / "tiny" / "clip"
-QUICK = [*RUN, *DATA, *WORLD, "method.steps=2"]
+SLOW = ("pairs", "pairs_local", "probes", "retrieval_short", "retrieval_long")  # one benchmark is scores enough
+QUICK = [*RUN, *DATA, *WORLD, "method.steps=2", *(f"~eval.benchmarks.{name}" for name in SLOW)]
 
 
 @pytest.mark.parametrize(

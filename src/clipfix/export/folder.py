@@ -47,8 +47,8 @@ def check_free(folder: Path, overwrite: bool) -> None:
 def write(files: Files, folder: Path, dtype: torch.dtype, overwrite: bool = False) -> None:
     """All of the files under a hidden name beside `folder`, on disk, and only then under its own.
 
-    A process that is killed leaves at most that hidden folder, which the next export to this place clears away; one that
-    fails or is interrupted not even that.
+    A process that is killed leaves at most that hidden folder, which a later export to this place clears away; one
+    that fails or is interrupted not even that.
     """
     check_free(folder, overwrite)
     clear_drafts(folder)
