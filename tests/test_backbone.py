@@ -15,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from clipfix.backbone import Backbone
+from clipfix.backbone import WEIGHT_FILES, Backbone
 
 CONF = sorted((Path(__file__).parents[1] / "conf" / "backbone").glob("*.yaml"))
 PUBLISHED = {path.stem: yaml.safe_load(path.read_text()) for path in CONF if path.stem not in ("tiny", "folder")}
@@ -284,3 +284,27 @@ def test_unfetchable_weights_name_the_config_key(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"backbone\.pretrained=/path/to/file"):
         Backbone("ViT-B-32-quickgelu", "openai")
+
+
+@pytest.mark.parametrize("name", WEIGHT_FILES)
+def test_a_file_is_mapped_and_never_changed(folder: Path, plain: nn.Module, name: str) -> None:
+    """A model is in memory once: it computes with the file itself, until training changes it, and then its own copy."""
+    file = folder / name
+    (save_file if file.suffix == ".safetensors" else torch.save)(plain.state_dict(), file)
+    backbone = Backbone(str(folder))
+    weight, before = backbone.text.token_embedding.weight, file.read_bytes()
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    mapped = [line.split()[0].split("-") for line in maps if str(file) in line]
+    assert any(int(start, 16) <= weight.data_ptr() < int(end, 16) for start, end in mapped)
+    assert weight.requires_grad
+    weight.data += 1
+    assert file.read_bytes() == before
+    again = Backbone(str(backbone.save(folder, torch.float32)))  # over the file that it still reads from
+    assert torch.equal(again.text.token_embedding.weight, weight)
+
+
+def test_weights_of_another_type_are_computed_with_in_fp32(folder: Path, plain: nn.Module, tmp_path: Path) -> None:
+    torch.save({key: value.bfloat16() for key, value in plain.state_dict().items()}, file := tmp_path / "weights.pt")
+    backbone = Backbone(str(folder), pretrained=str(file))
+    assert {weight.dtype for weight in backbone.parameters()} == {torch.float32}
+    assert torch.equal(backbone.visual.proj, plain.visual.proj.bfloat16().float())

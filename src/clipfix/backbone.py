@@ -5,6 +5,7 @@ tower to train or freeze, and no checkpoint is bent into shape silently. Nothing
 """
 
 import json
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import asdict
 from functools import cached_property
@@ -213,8 +214,10 @@ class Backbone(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         state, described = self.as_open_clip()
         weights = folder / WEIGHT_FILES[0]
-        save_file({key: value.to("cpu", dtype).contiguous() for key, value in state.items()}, weights)
-        weights.chmod(0o644)  # safetensors writes for its owner alone, but folders are shared and shipped
+        draft = weights.with_name(f".{weights.name}.part")  # the weights may still be read from this very file
+        save_file({key: value.to("cpu", dtype).contiguous() for key, value in state.items()}, draft)
+        draft.chmod(0o644)  # safetensors writes for its owner alone, but folders are shared and shipped
+        draft.replace(weights)
         (folder / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n")
         return folder
 
@@ -242,6 +245,18 @@ class Backbone(nn.Module):
             self.folder if self.folder and list(self.folder.glob("tokenizer*")) else _hub_folder(repo, "*tokenizer*")
         )
         return HFTokenizer(str(source), context_length=self.context_length, **options)
+
+
+def assign(module: nn.Module, state: Mapping[str, Tensor], strict: bool = True) -> list[str]:
+    """Puts tensors in the place of a module's own; gives the names that it does not have.
+
+    Large files are mapped into memory, so that a model is there once and not twice. Only what has another type than the
+    module's is copied, into what the module has.
+    """
+    own = module.state_dict()
+    other = {key for key in own.keys() & state.keys() if state[key].dtype != own[key].dtype}
+    taken = {key: own[key].copy_(weight) if key in other else weight for key, weight in state.items()}
+    return module.load_state_dict(taken, strict, assign=True).unexpected_keys
 
 
 def weights_hash(module: nn.Module) -> str:
@@ -452,7 +467,7 @@ def _fill(model: open_clip.CustomTextCLIP, state: dict[str, Tensor], path: Path 
         choices = " or ".join(_fitting(state)) or "the architecture that it was trained as, or a folder of it"
         raise ValueError(f"{path} is another architecture: {shapes}. Choose backbone.name={choices}.")
     try:
-        model.load_state_dict(state)
+        assign(model, state)
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit backbone.name={name}: {error}") from error
 

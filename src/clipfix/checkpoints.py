@@ -79,6 +79,8 @@ def read_checkpoint(checkpoint: str) -> dict[str, Any]:
 
 def load_repair(backbone: Any, checkpoint: str) -> dict[str, Any]:
     """The backbone's trained weights from a checkpoint of `fit`, on top of those it was built with; gives the file."""
+    from clipfix.backbone import assign
+
     saved = read_checkpoint(checkpoint)
     state = saved["state_dict"]
     prefix = "backbone."
@@ -87,7 +89,7 @@ def load_repair(backbone: Any, checkpoint: str) -> dict[str, Any]:
     if positions is not None and positions.shape[1:] == backbone.text.positional_embedding.shape[1:]:
         backbone.set_positions(positions)  # Long-CLIP's table is longer than that of the backbone it came from
     try:
-        unexpected = backbone.load_state_dict(weights, strict=False).unexpected_keys
+        unexpected = assign(backbone, weights, strict=False)
     except RuntimeError as error:
         raise ValueError(f"{checkpoint} was trained on another backbone: {error}") from error
     if unexpected:

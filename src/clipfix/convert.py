@@ -98,7 +98,8 @@ def read(path: Path) -> State:
     if is_zipfile(path) and any("/code/" in member for member in ZipFile(path).namelist()):
         return torch.jit.load(path, map_location="cpu").state_dict()
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # What is asked for is read from the disk, and DIVA's generator beside the CLIP is not.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except UnpicklingError as error:
         raise ValueError(
             f"{path} holds Python objects, and only tensors are read (weights only). If you trust the file, "

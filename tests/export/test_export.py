@@ -15,7 +15,8 @@ from clipfix.backbone import Backbone, weights_hash
 from clipfix.checkpoints import load_repair
 
 TINY = Path(__file__).parents[2] / "src" / "clipfix" / "tiny" / "clip"
-QUICK = [*RUN, *DATA, *WORLD, "method.steps=2"]
+SLOW = ("pairs", "pairs_local", "probes", "retrieval_short", "retrieval_long")  # one benchmark is scores enough
+QUICK = [*RUN, *DATA, *WORLD, "method.steps=2", *(f"~eval.benchmarks.{name}" for name in SLOW)]
 
 
 @pytest.mark.parametrize(
@@ -100,6 +101,24 @@ def test_the_authors_long_clip_goes_on(clipfix, backbones):  # noqa: F811
     tokens = known.tokenize(["a red circle", "two dogs " * 100])
     theirs = CLIPModel.from_pretrained("out/transformers").eval().get_text_features(tokens)
     equal(theirs if torch.is_tensor(theirs) else theirs.pooler_output, known.encode_text(tokens))
+
+
+def test_the_authors_diva_goes_on(clipfix, backbones):  # noqa: F811
+    """What DIVA's training saves, of which the CLIP is one part: in, and out to those who use CLIP."""
+    known = backbones["quick gelu"]
+    state, _ = known.as_open_clip()
+    others = {f"{name}.weight": torch.rand(2) for name in ("vae.conv", "unet.conv_in", "visual_proj", "class_model.fc")}
+    torch.save(others | {f"class_model.model.{key}": value for key, value in state.items()}, "diva.pt")
+    source = ["backbone=folder", f"backbone.name={known.folder}", "backbone.pretrained=diva.pt"]
+    clipfix("run=export", *source, "to=[transformers,open_clip]", "output=out")
+    pixels, tokens = torch.rand(2, 3, 32, 32), known.tokenize(["a red circle", "two dogs " * 100])
+    theirs = CLIPModel.from_pretrained("out/transformers").eval()
+    image, text = theirs.get_image_features(pixels), theirs.get_text_features(tokens)
+    equal(image if torch.is_tensor(image) else image.pooler_output, known.model.encode_image(pixels))
+    equal(text if torch.is_tensor(text) else text.pooler_output, known.encode_text(tokens))
+    drop_in = open_clip.create_model("local-dir:out/open_clip").eval()
+    equal(drop_in.encode_image(pixels), known.model.encode_image(pixels))
+    assert "diva.pt" in Path("out/open_clip/README.md").read_text()
 
 
 def test_mistakes_are_told_before_any_work(clipfix, monkeypatch, tmp_path):  # noqa: F811

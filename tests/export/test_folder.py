@@ -47,6 +47,18 @@ def test_a_killed_process_leaves_no_half_folder(tmp_path):
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == []
 
+    [left] = tmp_path.iterdir()
+    write(FILES, tmp_path / "another", torch.float32)
+    write(FILES, tmp_path / "out", torch.float32)
+    assert left.is_dir(), "it may be somebody's who writes just now"
+    for name in (".out.00c0ffee.old", ".out.mine.part", ".outer.00c0ffee.part"):
+        (tmp_path / name).mkdir()
+    for path in [*tmp_path.glob(".*"), *left.rglob("*")]:
+        os.utime(path, (0, 0))
+    write(FILES, tmp_path / "out", torch.float32, overwrite=True)
+    hidden = {path.name for path in tmp_path.iterdir() if path.name.startswith(".")}
+    assert hidden == {".out.00c0ffee.old", ".out.mine.part", ".outer.00c0ffee.part"}
+
 
 def test_what_is_there_is_replaced_only_when_asked_and_only_if_an_export_wrote_it(tmp_path):
     write(FILES, tmp_path / "out", torch.float32)

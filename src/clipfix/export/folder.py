@@ -1,8 +1,11 @@
 """Files of an export into a folder that is there whole or not at all."""
 
+import contextlib
+import glob
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +19,7 @@ from torch import Tensor
 
 PROVENANCE = "provenance.json"  # the mark of a folder that an export wrote, and may replace
 LARGEST_FILE = 5_000_000_000  # bytes; what the hub and transformers cut at
+ABANDONED = 3600  # seconds; one file of 5 GB takes a fraction of that even on a slow disk
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,11 @@ def check_free(folder: Path, overwrite: bool) -> None:
 def write(files: Files, folder: Path, dtype: torch.dtype, overwrite: bool = False) -> None:
     """All of the files under a hidden name beside `folder`, on disk, and only then under its own.
 
-    A process that is killed leaves at most that hidden folder; one that fails or is interrupted not even that.
+    A process that is killed leaves at most that hidden folder, which a later export to this place clears away; one
+    that fails or is interrupted not even that.
     """
     check_free(folder, overwrite)
+    clear_drafts(folder)
     mark = uuid.uuid4().hex[:8]
     draft, old = (folder.with_name(f".{folder.name}.{mark}.{state}") for state in ("part", "old"))
     try:
@@ -68,6 +74,18 @@ def write(files: Files, folder: Path, dtype: torch.dtype, overwrite: bool = Fals
         raise
     flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def clear_drafts(folder: Path) -> None:
+    """Removes what killed exports to this place left: drafts that nobody has written to for `ABANDONED` seconds.
+
+    By age and not by process id, as who writes may be another machine on a shared disk. A folder that is being replaced
+    (`.old`) stays: of a process killed between its two renames it is the only copy.
+    """
+    for draft in folder.parent.glob(f".{glob.escape(folder.name)}.{'[0-9a-f]' * 8}.part"):
+        with contextlib.suppress(FileNotFoundError):  # done in this moment
+            if time.time() - max(path.stat().st_mtime for path in [draft, *draft.rglob("*")]) > ABANDONED:
+                shutil.rmtree(draft, ignore_errors=True)
 
 
 def write_weights(path: Path, weights: Weights, dtype: torch.dtype, largest: int = LARGEST_FILE) -> None:
