@@ -554,19 +554,14 @@ def test_a_run_whose_shards_all_vanish_stops(tmp_path: Path, caplog: pytest.LogC
 
 def test_samples_of_one_key(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Two that lie apart are two samples; beside each other they are one, and what is there twice is named."""
-    a, b, c = ({"png": encoded(picture(number)), "txt": f"{number}"} for number in range(3))
+    a, b, c = ({"png": encoded(picture(number)), "txt": str(number)} for number in range(3))
     pack(tmp_path / "0.tar", {"a": a, "b": b})
     pack(tmp_path / "1.tar", {"a": c})
     assert [(s["key"], s["txt"]) for s in samples(str(tmp_path))] == [("a", "0"), ("b", "1"), ("a", "2")]
     assert not caplog.messages
-    tar = tarfile.open(tmp_path / "1.tar", "w")
-    for members in (a, b, c):  # twice the same name, as a writer leaves it that was started again
-        add_sample(
-            tar,
-            "a" if members is not c else "c",
-            {k: v if isinstance(v, bytes) else v.encode() for k, v in members.items()},
-        )
-    tar.close()
+    with tarfile.open(tmp_path / "1.tar", "w") as tar:
+        for key, members in ("a", a), ("a", b), ("c", c):  # as a writer leaves it that was started again
+            add_sample(tar, key, {"png": members["png"], "txt": members["txt"].encode()})
     assert [s["txt"] for s in samples(str(tmp_path / "1.tar"))] == ["0", "2"]
     assert all("duplicate file name" in line for line in caplog.messages)
     assert len(caplog.messages) == 2

@@ -5,7 +5,7 @@ import http.server
 import threading
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from shards import numbered
@@ -17,7 +17,7 @@ class Store(http.server.SimpleHTTPRequestHandler):
     """Answers the first requests of each path as `troubles` says, then as it should."""
 
     troubles: tuple[str, ...] = ()
-    asked: Counter[str] = Counter()
+    asked: ClassVar[Counter[str]] = Counter()
 
     def do_GET(self) -> None:
         trouble = self.troubles[self.asked[self.path]] if self.asked[self.path] < len(self.troubles) else ""
