@@ -1,4 +1,4 @@
-"""Config against the constructors it is for: a value of the wrong type is named by its key, before anything is built."""
+"""Config against the constructors it is for: a value of the wrong type is named by its key, before all work."""
 
 import inspect
 import json

@@ -37,7 +37,8 @@ def load_repair(backbone: Any, checkpoint: str) -> dict[str, Any]:
     try:
         unexpected = backbone.load_state_dict(weights, strict=False).unexpected_keys
     except RuntimeError as error:
-        raise ValueError(f"{checkpoint} was trained on another backbone: {error}") from error
+        first = str(error).splitlines()[1].strip()
+        raise ValueError(f"{checkpoint} was trained on another backbone: {first}") from error
     if unexpected:
         raise ValueError(f"{checkpoint} was trained on another backbone: {unexpected[0]} is not in this one.")
     return saved
@@ -46,6 +47,8 @@ def load_repair(backbone: Any, checkpoint: str) -> dict[str, Any]:
 def checkpoint_to_resume(resume: str | None, folder: Path) -> str | None:
     """`auto` means the newest checkpoint of this run folder, which `run_folder` chose to continue."""
     if resume != "auto":
+        if resume is not None:
+            read_checkpoint(resume)  # what is none is named before anything is scored
         return resume
     newest = folder / "checkpoints" / "last.ckpt"
     print(f"Resuming {newest}" if newest.exists() else "Nothing to resume: a new run starts.")

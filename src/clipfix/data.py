@@ -63,7 +63,7 @@ def decode(raw: Mapping[str, Any]) -> dict[str, Any]:
     data = encoded_image(raw)
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
     if image.mode.startswith("I"):  # 16 bits, of which Pillow would clip all that is above 255 to white
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     image = image.convert("RGB")
