@@ -1,164 +1,56 @@
-"""Bad days: a run that is killed, stopped or out of space goes on to the very weights of one that was left alone."""
+"""Checkpoints that do not fit or are none; and docs/bad-input.md, whose rows are tests."""
 
-import multiprocessing
-import os
-import resource
-import signal
-import sys
+import ast
+import re
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
 
-from clipfix.__main__ import main
-from clipfix.checkpoints import WholeFiles, checkpoint_to_resume
+from clipfix.backbone import Backbone
+from clipfix.checkpoints import load_repair
 
-STEPS = 6
-WORLD = {"train": 64, "selection": 16, "test": 16, "pairs_train": 1, "pairs_selection": 1, "pairs_test": 1}
-RUN = [
-    "method=finetune", "logger=csv", "trainer=cpu", "eval=none", "trainer.val_check_interval=2",
-    f"method.steps={STEPS}", "method.warmup_steps=1",
-    "data.batch_size=8", "data.workers=0", "data.shuffle=16", "data.prepare.processes=1",
-    *(f"data.prepare.{name}={size}" for name, size in WORLD.items()),
-]  # fmt: skip
+ROOT = Path(__file__).parents[1]
 
 
-class Signal(L.Callback):
-    """Sends its own process a signal at a moment: a hook, and the batch it belongs to."""
+class Writes:
+    """An object whose unpickling writes a file."""
 
-    def __init__(self, number: int, hook: str, batch: int) -> None:
-        self.number, self.batch, self.batches = number, batch, 0
-        setattr(self, hook, self.strike)
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
-    def strike(self, *_: object) -> None:
-        self.batches += 1
-        if self.batches == self.batch:
-            os.kill(os.getpid(), self.number)
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
 
 
-def send(number: int, hook: str, batch: int) -> str:
-    return (
-        f"+callbacks.signal={{_target_: test_checkpoints.Signal, number: {int(number)}, hook: {hook}, batch: {batch}}}"
-    )
+def test_code_in_a_pickle_does_not_run(clip_folder: str, tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "batches_seen": 1, "extra": Writes(tmp_path / "ran")}, tmp_path / "evil.ckpt")
+    with pytest.raises(ValueError, match=r"evil\.ckpt is none of clipfix"):
+        load_repair(Backbone(clip_folder, "random"), str(tmp_path / "evil.ckpt"))
+    with pytest.raises(ValueError, match="holds Python objects"):
+        Backbone(clip_folder, str(tmp_path / "evil.ckpt"))
+    assert not (tmp_path / "ran").exists()
+    torch.load(tmp_path / "evil.ckpt", weights_only=False)
+    assert (tmp_path / "ran").exists(), "the pickle is harmless, so nothing was tested"
 
 
-def command(*words: str) -> None:
-    sys.argv = ["clipfix", *RUN, *words]
-    os.environ.pop("HYDRA_FULL_ERROR", None)
-    main()
+def test_a_checkpoint_of_another_size_is_refused(clip_folder: str, tmp_path: Path) -> None:
+    backbone = Backbone(clip_folder, "random")
+    width = {"backbone.model.visual.proj": torch.zeros(99, 99)}
+    torch.save({"state_dict": width, "batches_seen": 1}, tmp_path / "other.ckpt")
+    before = backbone.state_dict()["model.visual.proj"].clone()
+    with pytest.raises(ValueError, match=r"other\.ckpt was trained on another backbone: .*visual\.proj") as error:
+        load_repair(backbone, str(tmp_path / "other.ckpt"))
+    assert "\n" not in str(error.value)
+    assert torch.equal(backbone.state_dict()["model.visual.proj"], before)
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
-    assert saved["global_step"] == STEPS
-    return saved["training"]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> str:
-    return f"data.prepare.root={tmp_path_factory.mktemp('world') / 'scenes'}"
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, world) -> dict[str, torch.Tensor]:
-    """What a run learns that nothing happens to."""
-    folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(sys, "argv", [])
-        command(world, "hydra.run.dir=run")
-    return weights(folder / "run")
-
-
-def killed(*words: str) -> int:
-    """The signal that ended the same command in a process of its own, which begins where this one stands."""
-    process = multiprocessing.get_context("fork").Process(target=command, args=words)
-    process.start()
-    process.join()
-    return -(process.exitcode or 0)
-
-
-def cut_off_while_saving(checkpoint: object, file: object) -> None:
-    file.write(b"half of it")
-    file.flush()
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.mark.parametrize(
-    ("hook", "batch"),
-    [("on_train_batch_start", 4), ("on_before_optimizer_step", 5), ("on_validation_start", 2), ("on_fit_start", 1)],
-)
-def test_a_killed_run_goes_on_to_the_same_weights(hook, batch, world, whole, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [])
-    assert killed(world, send(signal.SIGKILL, hook, batch)) == signal.SIGKILL
-    command(world, "resume=auto")
-    (run,) = (tmp_path / "outputs").glob("*/*")
-    assert all(torch.equal(value, whole[key]) for key, value in weights(run).items())
-
-
-def test_killed_while_it_saves(world, whole, tmp_path, monkeypatch, capsys):
-    """The checkpoint before is still there, and what was half written is swept up."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [])
-    assert killed(world, send(signal.SIGKILL, "on_train_batch_start", 4)) == signal.SIGKILL
-    (run,) = (tmp_path / "outputs").glob("*/*")
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", cut_off_while_saving)
-        assert killed(world, "resume=auto") == signal.SIGKILL
-    assert len(list(run.glob("checkpoints/.last.ckpt.*.part"))) == 1
-    command(world, "resume=auto")
-    assert f"Resuming {run}/checkpoints/last.ckpt" in capsys.readouterr().out
-    assert not list(run.glob("checkpoints/.*"))
-    assert all(torch.equal(value, whole[key]) for key, value in weights(run).items())
-
-
-@pytest.mark.parametrize(("accumulate", "batch", "step"), [(1, 3, 3), (2, 5, 2)])
-def test_sigterm_saves_and_goes_on(accumulate, batch, step, world, tmp_path, monkeypatch, capsys):
-    """Between two steps at once; within an accumulated one from the checkpoint before."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [])
-    settings = [world, f"trainer.accumulate_grad_batches={accumulate}"]
-    command(*settings, "hydra.run.dir=whole")
-    with pytest.raises(SystemExit) as stopped:
-        command(*settings, send(signal.SIGTERM, "on_train_batch_start", batch))
-    assert stopped.value.code == 128 + signal.SIGTERM
-    assert f"Stopped by SIGTERM after step {step}: resume=auto" in capsys.readouterr().out
-    (run,) = (tmp_path / "outputs").glob("*/*")
-    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-    assert saved["global_step"] == step
-    command(*settings, "resume=auto")
-    expected = weights(tmp_path / "whole")
-    assert all(torch.equal(value, expected[key]) for key, value in weights(run).items())
-
-
-def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path):
-    files, path = WholeFiles(), tmp_path / "checkpoints" / "last.ckpt"
-    files.save_checkpoint({"step": 1}, path)
-    room = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, room[1]))
-    try:
-        with pytest.raises(ValueError, match=r"last\.ckpt cannot be written .*make room") as error:
-            files.save_checkpoint({"step": 2, "weights": torch.zeros(100_000)}, path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, room)
-    assert len(str(error.value).splitlines()) == 1
-    assert torch.load(path, weights_only=True) == {"step": 1}
-    assert [each.name for each in path.parent.iterdir()] == ["last.ckpt"]
-
-
-def test_what_is_cut_off_is_named_and_passed_over(tmp_path, capsys):
-    folder = tmp_path / "checkpoints"
-    folder.mkdir()
-    for name in ("last", "best"):
-        torch.save({"state_dict": {"backbone.x": torch.zeros(1000)}, "batches_seen": 2}, folder / f"{name}.ckpt")
-    assert checkpoint_to_resume("auto", tmp_path) == str(folder / "last.ckpt")
-    whole = (folder / "last.ckpt").read_bytes()
-    (folder / "last.ckpt").write_bytes(whole[: len(whole) // 2])
-    capsys.readouterr()
-    assert checkpoint_to_resume("auto", tmp_path) == str(folder / "best.ckpt")
-    assert f"{folder / 'last.ckpt'} is cut off" in capsys.readouterr().out
-    (folder / "best.ckpt").write_bytes(b"")
-    assert checkpoint_to_resume("auto", tmp_path) is None
-    assert checkpoint_to_resume(None, tmp_path) is None
+def test_every_row_of_the_bad_input_table_names_a_test() -> None:
+    rows = [line for line in (ROOT / "docs" / "bad-input.md").read_text().splitlines() if line.startswith("| ")][1:]
+    rows = [row for row in rows if "**" not in row.split("|")[1]]
+    assert len(rows) > 30
+    for row in rows:
+        found = re.fullmatch(r"`(\S+)::(\w+)`", row.split("|")[-2].strip())
+        assert found, row
+        tree = ast.parse((ROOT / found[1]).read_text())
+        assert found[2] in [node.name for node in tree.body if isinstance(node, ast.FunctionDef)], row

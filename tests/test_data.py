@@ -7,7 +7,11 @@ import itertools
 import logging
 import pickle
 import random
+import struct
+import tarfile
 import threading
+import time
+import zlib
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +30,7 @@ from shards import encoded, numbered, pack, photographs, picture
 
 from clipfix.data import ShardData, ShardStream, Text, beginning, decode, samples, square
 from clipfix.shards import expand, read_shard
+from clipfix.writing import add_sample
 
 CAPTION = {"caption": {"key": "txt", "pick": "one"}}
 
@@ -142,6 +147,54 @@ def test_every_colour_mode_becomes_rgb(mode: str) -> None:
     assert image.mode == "RGB"
 
 
+def test_sixteen_bits_do_not_turn_white() -> None:
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    image = decode({"__key__": "0", "png": encoded(ramp)})["image"]
+    assert (np.asarray(image) == np.arange(256).reshape(16, 16, 1)).all()
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "gif"])
+def test_an_animation_gives_its_first_frame(suffix: str) -> None:
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue", "lime")]
+    frames[0].save(buffer := io.BytesIO(), suffix, save_all=True, append_images=frames[1:], duration=40, lossless=True)
+    image = decode({"__key__": "0", {"gif": "jpg"}.get(suffix, suffix): buffer.getvalue()})["image"]
+    assert image.getcolors() == [(256, (255, 0, 0))]
+
+
+def test_exif_turns_no_picture() -> None:
+    """As with open_clip, whose loader is Pillow's `convert("RGB")` and no more."""
+    (exif := Image.Exif())[0x0112] = 6  # to be shown turned by 90 degrees
+    Image.fromarray(picture(7, height=8, width=24)).save(buffer := io.BytesIO(), "JPEG", exif=exif)
+    image = decode({"__key__": "0", "jpg": buffer.getvalue()})["image"]
+    assert image.size == (24, 8)
+    assert image.getexif()[0x0112] == 6
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "gif", "bmp"])
+def test_a_picture_is_what_its_bytes_say_whatever_its_suffix(suffix: str) -> None:
+    expected = np.asarray(Image.open(io.BytesIO(data := encoded(picture(7), suffix))).convert("RGB"))
+    assert (np.asarray(decode({"__key__": "0", "jpg": data})["image"]) == expected).all()
+
+
+def ramp(width: int, height: int) -> Image.Image:
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return Image.fromarray(np.stack([x, y, (x + y) / 2], axis=2).astype(np.uint8))
+
+
+@pytest.mark.parametrize(("width", "height"), [(600, 20), (601, 20), (20, 600), (20, 701)])
+def test_a_strip_becomes_what_the_whole_resized_picture_shows(width: int, height: int) -> None:
+    oracle = open_clip.image_transform(16, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))
+    image = ramp(width, height)
+    torch.testing.assert_close(square(image, 16), oracle(image), atol=1.5 / 255, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000)])
+def test_a_strip_of_20000_pixels_takes_no_memory(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resized as a whole it would be 4,480,000 pixels long: 3 GB."""
+    monkeypatch.setattr("torchvision.transforms.functional.resize", None)
+    assert square(Image.new("RGB", size, "red"), 224).unique().tolist() == [0, 1]
+
+
 SAMPLE = {
     "txt": "raw",
     "json": {"caption": " short ", "long": "One, 1.5 m. Two. Three.", "captions": ["a", "", "b", "c"], "n": 3, "d": {}},
@@ -193,6 +246,16 @@ def test_other_sentences_are_some_of_those_after_the_first_in_any_order() -> Non
 def test_a_single_sentence_stands_for_the_others_it_lacks(text: str) -> None:
     (drawn,) = Text("txt", "other_sentences").draw({"txt": text, "json": {}}, random.Random(0))
     assert drawn == text.strip()
+
+
+@pytest.mark.parametrize("pick", ["one", "first_sentence", "other_sentences", "all", "random"])
+def test_a_huge_caption_is_cut_to_more_than_any_tower_reads(pick: str) -> None:
+    (drawn,) = Text("txt", pick).draw({"txt": "cat " * 3_000_000, "json": {}}, random.Random(0))
+    assert drawn == "cat " * 5_000
+    start = time.perf_counter()
+    tokens = open_clip.get_tokenizer("ViT-B-32")([drawn], 477)
+    assert time.perf_counter() - start < 1  # of the whole it would be ten
+    assert tokens.count_nonzero() == 477
 
 
 @pytest.mark.parametrize("key", ["absent", "n", "d"])
@@ -346,8 +409,26 @@ def test_features_that_no_sample_has_stop_the_run(texts: Any, features: str, mes
 # ------------------------------------------------------------------------------------------------------ broken samples
 
 
+def png_header(side: int) -> bytes:
+    """The beginning of a PNG that says to be so large."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+
+
+def compressed_bomb(side: int = 20_000) -> bytes:
+    """Black and whole: 50 MB of bits in 49 kB of file, which would be 1.2 GB as RGB."""
+    Image.new("1", (side, side)).save(buffer := io.BytesIO(), "PNG")
+    return buffer.getvalue()
+
+
 BROKEN: dict[str, dict[str, Any]] = {
     "no image": {"txt": "x"},
+    "zero bytes": {"jpg": b"", "txt": "x"},
+    "zero bytes of text": {"png": encoded(picture(0)), "txt": b""},
+    "a pdf": {"jpg": b"%PDF-1.7\n" + bytes(2000), "txt": "x"},
+    "postscript": {"jpg": encoded(picture(0), "eps"), "txt": "x"},  # for which Pillow would start Ghostscript
+    "20,000 pixels": {"png": png_header(20_000), "txt": "x"},
+    "compressed bomb": {"png": compressed_bomb(), "txt": "x"},
     "not an image": {"jpg": b"<html>404</html>", "txt": "x"},
     "cut off": {"png": encoded(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8))[:999], "txt": "x"},
     "not utf-8": {"png": encoded(picture(0)), "txt": b"\xff\xfe\x00"},
@@ -362,7 +443,8 @@ BROKEN: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_sample_is_skipped_and_counted(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100 * 100 - 1)
+    if name == "bomb":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100 * 100 - 1)
     key = "caption" if "surrogate" in name else "txt"
     good = {"png": encoded(picture(0)), "txt": "fine", "json": {"caption": "fine"}}
     pack(tmp_path / "0.tar", {"0": BROKEN[name], "1": good, "2": BROKEN[name], "3": BROKEN[name], "4": good})
@@ -445,6 +527,44 @@ def test_a_failed_command_is_named(command: str, tmp_path: Path, caplog: pytest.
     assert found == keys[: len(found)]
     (line,) = caplog.messages
     assert f"shard {url} is broken" in line
+
+
+def test_a_shard_that_vanishes_is_named_and_the_others_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    numbered(tmp_path, [4, 4, 4])
+    batches = iter(shard_data(str(tmp_path), workers=0, shuffle=0, batch_size=4).train_dataloader())
+    first = set(next(batches)["key"])
+    gone = next(path for path in sorted(tmp_path.glob("*.tar")) if f"{int(path.stem) * 4:05d}" not in first)
+    gone.unlink()
+    seen = {key for batch in itertools.islice(batches, 6) for key in batch["key"]}
+    assert len(seen) == 8
+    assert not seen & {f"{int(gone.stem) * 4 + place:05d}" for place in range(4)}
+    assert f"shard {gone} is broken (" in caplog.text
+    assert "No such file" in caplog.text
+
+
+def test_a_run_whose_shards_all_vanish_stops(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    numbered(tmp_path, [4, 4])
+    data = shard_data(str(tmp_path))
+    for path in tmp_path.glob("*.tar"):
+        path.unlink()
+    with pytest.raises(ValueError, match="its shards cannot be read, which the log then says"):
+        next(iter(data.train_dataloader()))
+    assert "No such file" in caplog.text
+
+
+def test_samples_of_one_key(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Two that lie apart are two samples; beside each other they are one, and what is there twice is named."""
+    a, b, c = ({"png": encoded(picture(number)), "txt": str(number)} for number in range(3))
+    pack(tmp_path / "0.tar", {"a": a, "b": b})
+    pack(tmp_path / "1.tar", {"a": c})
+    assert [(s["key"], s["txt"]) for s in samples(str(tmp_path))] == [("a", "0"), ("b", "1"), ("a", "2")]
+    assert not caplog.messages
+    with tarfile.open(tmp_path / "1.tar", "w") as tar:
+        for key, members in ("a", a), ("a", b), ("c", c):  # as a writer leaves it that was started again
+            add_sample(tar, key, {"png": members["png"], "txt": members["txt"].encode()})
+    assert [s["txt"] for s in samples(str(tmp_path / "1.tar"))] == ["0", "2"]
+    assert all("duplicate file name" in line for line in caplog.messages)
+    assert len(caplog.messages) == 2
 
 
 def test_padding_after_the_archive_is_no_failure(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

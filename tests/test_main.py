@@ -315,6 +315,35 @@ def test_mistakes_get_one_clear_error(arguments, words, clipfix):
     assert not list(Path.cwd().glob("outputs/*/*")), "a run that never started left a folder"
 
 
+@pytest.mark.parametrize(
+    ("method", "error", "words"),
+    [
+        ("finetune", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), ["2.00 GiB"]),
+        ("longclip", RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: ..."), ["method.chunk=64"]),
+        ("fff", RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed."), ["lower method.tile (256)"]),
+        ("diva", MemoryError(), ["method.checkpointing=true", "diffusion.checkpointing=true"]),
+    ],
+)
+def test_out_of_memory_says_what_to_lower(method, error, words, clipfix, scenes, monkeypatch):
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr("lightning.Trainer.fit", full)
+    message = refusal(clipfix, *(DIVA if method == "diva" else [f"method={method}"]), scenes, *QUICK, "eval=none")
+    assert all(word in message for word in ["Out of memory (", "lower data.batch_size (8)", *words]), message
+    assert "diffusion" not in message or method == "diva"
+
+
+def test_a_run_that_diverges_stops_and_leaves_its_batch(clipfix, scenes):
+    settings = ["eval=none", "method.steps=9", "method.optimizer.lr=1e30", "callbacks.finite.patience=2"]
+    message = refusal(clipfix, "method=finetune", scenes, *RUN, *DATA, *WORLD, *settings)
+    assert "NaN or infinite in 2 steps in a row" in message
+    assert "Lower method.optimizer.lr" in message
+    (kept,) = Path.cwd().glob("outputs/*/*/nonfinite-0.pt")
+    batch = torch.load(kept, weights_only=True)
+    assert len(batch["key"]) == len(batch["image"]) == 8
+
+
 @pytest.mark.parametrize("backbone", sorted(path.stem for path in (ROOT / "conf" / "backbone").glob("*.yaml")))
 @pytest.mark.parametrize("method", METHODS)
 def test_every_pair_of_method_and_backbone_composes(method, backbone, clipfix):

@@ -49,10 +49,31 @@ def run(cfg: DictConfig) -> None:
         if missing := list(unset(OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(groups))))):
             raise ValueError(f"Not set: {', '.join(missing)}. Give a value on the command line, as in {missing[0]}=...")
         verb(cfg, folder)
-    except BaseException:
+    except BaseException as error:
         close(folder, exit_code=1)
+        if is_out_of_memory(error):
+            raise ValueError(smaller(cfg, error)) from error
         raise
     close(folder, exit_code=0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of a GPU, of this machine, or of a worker that the system killed for it; torch is not imported for this."""
+    signs = ("DefaultCPUAllocator", "CUDA out of memory", "killed by signal: Killed", "Unable to allocate")
+    return type(error).__name__ in ("OutOfMemoryError", "MemoryError") or any(sign in str(error) for sign in signs)
+
+
+def smaller(cfg: DictConfig, error: BaseException) -> str:
+    """Which keys of this run take less memory, the surest first."""
+    lower = {"fit": ["data.batch_size", "method.chunk", "method.tile"], "annotate": ["annotator.batch_size"]}
+    turn_on = {"fit": ["method.checkpointing", *(["diffusion.checkpointing"] if "diffusion" in cfg.method else [])]}
+    hints = [f"lower {key} ({value})" for key in lower.get(cfg.run, []) if (value := OmegaConf.select(cfg, key))]
+    hints += [f"set {key}=true" for key in turn_on.get(cfg.run, []) if OmegaConf.select(cfg, key) is False]
+    if cfg.run == "fit":
+        hints += ["set method.chunk=64"] if cfg.method.get("chunk", 0) is None else []
+        hints += ["raise trainer.accumulate_grad_batches, which keeps the step as large"]
+    why = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+    return f"Out of memory ({why}): {'; '.join(hints) or 'take a smaller backbone, or a larger machine'}."
 
 
 def close(folder: Path, exit_code: int) -> None:
@@ -82,7 +103,7 @@ def main() -> None:
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         if verbose:
             raise
-        sys.exit(f"clipfix: {explain(error)}\n(HYDRA_FULL_ERROR=1 shows where this was raised)")
+        sys.exit(f"clipfix: {one_line(explain(error))}\n(HYDRA_FULL_ERROR=1 shows where this was raised)")
 
 
 def named(words: list[str]) -> list[str]:
@@ -99,6 +120,10 @@ def named(words: list[str]) -> list[str]:
     return [word for word in words if word not in files] + [f"compare.results=[{quoted}]"]
 
 
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
 def explain(error: BaseException) -> str:
     """The error's own words, and for a mistyped key the keys that exist."""
     if "Original Traceback" in str(error):  # of a worker process: only its last line is for the user
@@ -107,7 +132,9 @@ def explain(error: BaseException) -> str:
     if isinstance(cause, ValueError):  # hydra wraps what a constructor raised in its own text
         return str(cause)
     if not isinstance(cause, ConfigAttributeError) or cause.parent_node is None:
-        return str(error).split("Config search path")[0].strip()
+        if cause is not None and "Error in call to target" in str(error):
+            return f"{str(error).rpartition('full_key: ')[2]}: {cause}"
+        return str(error).split("Config search path")[0]
     wrong = str(cause.full_key)
     prefix = wrong.rpartition(".")[0]
     choices = [f"{prefix}.{key}".lstrip(".") for key in cause.parent_node if key != "hydra"]

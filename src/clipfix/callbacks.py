@@ -2,11 +2,13 @@
 
 import resource
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import RichProgressBar
+from torch.distributed.tensor import DTensor
 
 from clipfix.backbone import Backbone
 
@@ -54,6 +56,66 @@ class Throughput(L.Callback):
             pl_module.log("perf/memory_gb", peak_memory_gb())
             pl_module.log("data/skipped", float(self.skipped), sync_dist=True, reduce_fx="sum")
             self.restart()
+
+
+class Finite(L.Callback):
+    """Passes over steps whose gradients are NaN or infinite, and ends a run that has nothing else left.
+
+    Asked of the gradients, when they are whole: what one micro-batch of many or one rank alone makes of a bad sample
+    is in them by then, on all ranks. A step passed over changes no weight and no moment of the optimizer; the schedule
+    goes on. `perf/skipped_steps` counts them. After `patience` of them in a row each rank leaves its last batch as
+    `nonfinite-<rank>.pt` (the one that spoiled the loss, if it did) and the run stops with a ValueError.
+    """
+
+    def __init__(self, folder: str, patience: int) -> None:
+        if patience < 1:
+            raise ValueError(f"callbacks.finite.patience is {patience}: set 1 or more, or callbacks.finite=null.")
+        self.folder, self.patience = Path(folder), patience
+        self.skipped = self.in_a_row = 0
+        self.batch: Any = None
+        self.spoiled = False
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if not self.spoiled:
+            self.batch = batch
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
+        self.spoiled = self.spoiled or not loss.isfinite()
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None]
+        norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights])
+        if isinstance(norm, DTensor):  # sharded: each rank knows its part alone
+            norm = norm.full_tensor()
+        if norm.isfinite():
+            self.in_a_row = 0
+        else:
+            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+            for weight in weights:  # without a gradient no optimizer touches it
+                weight.grad = None
+            if self.in_a_row >= self.patience:
+                self.stop(trainer)
+        pl_module.log("perf/skipped_steps", float(self.skipped))
+        self.batch, self.spoiled = None, False
+
+    def stop(self, trainer: L.Trainer) -> None:
+        kept = self.folder / f"nonfinite-{trainer.global_rank}.pt"
+        torch.save(self.batch, kept)
+        raise ValueError(
+            f"The loss or its gradients were NaN or infinite in {self.in_a_row} steps in a row, the last at step "
+            f"{trainer.global_step}; its batch is {kept}. Lower method.optimizer.lr, set trainer.gradient_clip_val=1 "
+            "or trainer.precision=32-true, and go on from the newest checkpoint by resume=auto."
+        )
+
+    def state_dict(self) -> dict[str, int]:
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.skipped, self.in_a_row = state_dict["skipped"], state_dict["in_a_row"]
 
 
 class SaveFolder(L.Callback):

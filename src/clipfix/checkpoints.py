@@ -91,7 +91,8 @@ def load_repair(backbone: Any, checkpoint: str) -> dict[str, Any]:
     try:
         unexpected = assign(backbone, weights, strict=False)
     except RuntimeError as error:
-        raise ValueError(f"{checkpoint} was trained on another backbone: {error}") from error
+        first = str(error).splitlines()[1].strip()
+        raise ValueError(f"{checkpoint} was trained on another backbone: {first}") from error
     if unexpected:
         raise ValueError(f"{checkpoint} was trained on another backbone: {unexpected[0]} is not in this one.")
     return saved
@@ -100,6 +101,8 @@ def load_repair(backbone: Any, checkpoint: str) -> dict[str, Any]:
 def checkpoint_to_resume(resume: str | None, folder: Path) -> str | None:
     """`auto` means the newest checkpoint that can be read of this run folder, which `run_folder` chose to continue."""
     if resume != "auto":
+        if resume is not None:
+            read_checkpoint(resume)  # what is none is named before anything is scored
         return resume
     found = folder.glob("checkpoints/*.ckpt")
     for path in sorted(found, key=lambda path: (path.name == "last.ckpt", path.stat().st_mtime), reverse=True):

@@ -34,6 +34,10 @@ from clipfix.shards import expand, read_shard
 log = logging.getLogger(__name__)
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
+# What a file may be whatever its suffix says. Pillow knows more, and for one of them (EPS) it would start Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+LONGEST_TEXT = 20_000  # characters: no tower reads as many, and a tokenizer takes seconds for a few million
+LONGEST_SIDE = 20  # times the shorter one: beyond it a whole resized picture would be mostly cut away
 PICKS = ("one", "first_sentence", "other_sentences", "all", "random")
 
 
@@ -51,11 +55,18 @@ def fingerprint(raw: Mapping[str, Any]) -> str:
 
 
 def decode(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Image (RGB), txt and json of one sample; raises on anything broken."""
+    """Image (RGB), txt and json of one sample; raises on anything broken.
+
+    Of an animation the first frame. EXIF's orientation is left alone, as CLIP's and open_clip's own loaders leave it:
+    a turned picture would be another one than those that the published weights were trained and scored on.
+    """
     data = encoded_image(raw)
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image = Image.open(io.BytesIO(data)).convert("RGB")
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if image.mode.startswith("I"):  # 16 bits, of which Pillow would clip all that is above 255 to white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    image = image.convert("RGB")
     record = json.loads(raw.get("json", b"{}"))
     if not isinstance(record, dict):
         raise ValueError("its json is not an object")
@@ -86,7 +97,16 @@ def readable(raws: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
 
 def square(image: Image.Image, size: int) -> Float[Tensor, "3 size size"]:
     """Shorter side to `size` (bicubic), centre crop, [0, 1]: what open_clip does before its mean and std."""
-    return tvf.to_tensor(tvf.center_crop(tvf.resize(image, size, InterpolationMode.BICUBIC), size))
+    return tvf.to_tensor(cropped(image, size))
+
+
+def cropped(image: Image.Image, size: int) -> Image.Image:
+    """The picture that `square` gives, in bytes."""
+    if max(image.size) > LONGEST_SIDE * min(image.size):  # the same, without what 20,000 x 1 would be as a whole
+        side, left, top = min(image.size), (image.width - min(image.size)) / 2, (image.height - min(image.size)) / 2
+        box = (left, top, left + side, top + side)
+        return image.resize((size, size), Image.Resampling.BICUBIC, box)
+    return tvf.center_crop(tvf.resize(image, size, InterpolationMode.BICUBIC), size)
 
 
 @dataclass(frozen=True)
@@ -128,7 +148,7 @@ def strings(sample: Mapping[str, Any], key: str) -> list[str]:
     """The texts that lie under a key of a decoded sample, one or more."""
     found = sample["txt"] if key == "txt" else sample["json"].get(key)
     several = found if isinstance(found, list) else [found] if isinstance(found, str) else []
-    texts = [text.strip() for text in several if text.strip()]
+    texts = [text.strip()[:LONGEST_TEXT] for text in several if text.strip()]
     if not texts:
         raise ValueError(f"no text under {key!r} (its json has: {', '.join(sample['json']) or 'nothing'})")
     "".join(texts).encode()  # json can hold half a surrogate pair, on which tokenizers fail
@@ -282,7 +302,8 @@ class ShardStream(IterableDataset):
             if dry and (reason or dry > len(self.shards)):
                 raise ValueError(
                     f"worker {worker} of rank {self.rank} found no usable sample in a whole pass: "
-                    + (reason or "too few for every worker to get one, lower data.workers or the number of devices")
+                    + (reason or "its shards cannot be read, which the log then says, or there are too few for every ")
+                    + ("" if reason else "worker to get one: lower data.workers or the number of devices")
                 )
             taken = 0
 
@@ -302,7 +323,11 @@ class ShardStream(IterableDataset):
             name: text.draw(sample, random.Random(f"{self.seed} {number} {sample['key']} {name}"))
             for name, text in self.texts.items()
         }
-        sample = {"key": sample["key"], "image": square(sample["image"], self.image_size), "texts": texts}
+        sample = {
+            "key": sample["key"],
+            "image": tvf.pil_to_tensor(cropped(sample["image"], self.image_size)),
+            "texts": texts,
+        }
         if self.features is not None:
             sample["features"] = look_up(raw, self.features, self.texts, texts)
         if self.latents is not None:
@@ -317,7 +342,8 @@ def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
     latents: list[Tensor] = [sample["latents"] for sample in batch if "latents" in sample]
     return {
         "key": [sample["key"] for sample in batch],
-        "image": torch.stack([sample["image"] for sample in batch]),
+        # Bytes until here: a quarter to copy, and one large float tensor where there were as many as samples.
+        "image": torch.stack([sample["image"] for sample in batch]).float().div_(255),
         "position": batch[-1]["position"],
         "skipped": sum(sample["skipped"] for sample in batch),
         **{name: [text for sample in batch for text in sample["texts"][name]] for name in batch[0]["texts"]},
@@ -350,12 +376,17 @@ class ShardData(L.LightningDataModule):
         latents_of: str | None = None,
     ) -> None:
         super().__init__()
+        if prepare is not None and not callable(prepare):
+            raise ValueError("data.prepare is to be called when training starts: set data.prepare._partial_=true.")
         self.train, self.selection, self.allow_pipe, self.prepare = train, selection, allow_pipe, prepare
         self.texts = {name: Text(**text) for name, text in texts.items() if text is not None}
         if ragged := [name for name, text in self.texts.items() if text.k is None]:
             raise ValueError(
                 f"data.texts.{ragged[0]}.k is null: a batch needs as many texts from each sample, so give k."
             )
+        for key, value, least in ("batch_size", batch_size, 1), ("workers", workers, 0), ("shuffle", shuffle, 0):
+            if value < least:
+                raise ValueError(f"data.{key} is {value}: set {least} or more.")
         self.batch_size, self.workers, self.shuffle = batch_size, workers, shuffle
         self.seed, self.image_size, self.features = seed, image_size, features
         self.latents, self.latents_of = latents, latents_of

@@ -2,7 +2,6 @@
 
 import glob
 import logging
-import shutil
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,8 +9,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import fsspec
+import requests
 import webdataset as wds
 from braceexpand import braceexpand
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
 from webdataset.tariterators import group_by_keys
 
 log = logging.getLogger(__name__)
@@ -39,8 +41,6 @@ def _resolve(url: str, allow_pipe: bool) -> list[str]:
     scheme = urlsplit(url).scheme
     if scheme == "pipe" and not allow_pipe:
         raise ValueError(f"{url!r} runs a shell command: set data.allow_pipe=true if you trust it")
-    if scheme in ("http", "https") and shutil.which("curl") is None:
-        raise ValueError(f"{url!r} is read through curl, which is not installed: install curl or download the shard")
     if scheme not in GOPEN:
         try:
             fsspec.get_filesystem_class(scheme)
@@ -76,6 +76,23 @@ class _StrictMember(tarfile.TarInfo):
             raise tarfile.ReadError(f"damaged or cut off, {error}") from None
 
 
+def open_shard(url: str) -> Any:
+    """Bytes of a shard from wherever it lies. A server that is down or busy is asked again for two minutes.
+
+    Waits double from a second on; a server that says nothing for a minute counts as down. What breaks off midway is
+    not asked for again here. For s3:// and gs:// it is s3fs and gsutil that retry, for `pipe:` the command if it does.
+    """
+    scheme = urlsplit(url).scheme
+    if scheme in ("http", "https"):
+        again = Retry(total=8, backoff_factor=0.5, status_forcelist=(408, 429, 500, 502, 503, 504))
+        session = requests.Session()
+        session.mount(f"{scheme}://", HTTPAdapter(max_retries=again))
+        answer = session.get(url, stream=True, timeout=60)
+        answer.raise_for_status()
+        return answer.raw
+    return wds.gopen(url) if scheme in GOPEN else fsspec.open(url, "rb").open()
+
+
 def read_shard(url: str) -> Iterator[dict[str, Any]]:
     """The samples of one shard, undecoded; a broken shard gives what can be read of it and one line in the log."""
 
@@ -85,7 +102,7 @@ def read_shard(url: str) -> Iterator[dict[str, Any]]:
 
     def members() -> Iterator[dict[str, Any]]:
         try:
-            stream = wds.gopen(url) if urlsplit(url).scheme in GOPEN else fsspec.open(url, "rb").open()
+            stream = open_shard(url)
             with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictMember) as tar:
                 for member in tar:
                     if member.isreg() and (file := tar.extractfile(member)):

@@ -260,9 +260,13 @@ def start(cfg: DictConfig) -> Any:
 
 
 def settle(cfg: DictConfig) -> None:
-    """A seeded process that warns of what matters."""
+    """A seeded process that warns of what matters, for a config whose values are of the types asked for."""
     import lightning as L
 
+    from clipfix.arguments import check_arguments
+
+    groups = [group for group in VERBS[cfg.run][1] if OmegaConf.is_dict(cfg[group])]
+    check_arguments({group: OmegaConf.to_container(cfg[group], resolve=True) for group in groups}, groups)
     for harmless in HARMLESS:
         warnings.filterwarnings("ignore", harmless)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -272,6 +276,10 @@ def settle(cfg: DictConfig) -> None:
 def method_and_data(cfg: DictConfig, backbone: Any) -> tuple[Any, Any]:
     """The method, and data that give what it reads and are there."""
     method = instantiate(cfg.method, backbone=backbone)
+    try:
+        method.configure_optimizers()
+    except Exception as error:  # torch raises whatever its arithmetic meets
+        raise ValueError(f"method.optimizer: {error}") from error
     if absent := [name for name in method.reads if not cfg.data.texts.get(name)]:
         raise ValueError(
             f"method={choice('method')} reads data.texts.{absent[0]}, which data="

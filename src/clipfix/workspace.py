@@ -45,7 +45,11 @@ def workspace(
         "reconstructions": [pictures("what the generator makes of each condition", "reconstructions/grid")],
         "samples": [pictures("what the generator draws", "samples/grid")],
         "data": [lines("samples skipped", "data/skipped"), every("texts cut off", "^data/.*_cut$")],
-        "perf": [lines("images a second", "perf/images_per_second"), lines("peak memory, GB", "perf/memory_gb")],
+        "perf": [
+            lines("images a second", "perf/images_per_second"),
+            lines("peak memory, GB", "perf/memory_gb"),
+            lines("steps passed over: not finite", "perf/skipped_steps"),
+        ],
         "optimizer": [every("learning rate", "^optimizer/lr")],
     }
     first = ("selection", "eval", "report")

@@ -109,6 +109,10 @@ def test_checkpoint_of_another_config_is_refused(clip_folder, generator_folder, 
     other = build("finetune", clip_folder, generator_folder, train=["text"])
     with pytest.raises(ValueError, match="trains other weights"):
         fit(other, tmp_path, steps=2, resume=tmp_path / "last.ckpt")
+    wider = build("finetune", clip_folder, generator_folder, train=["visual"])
+    wider.backbone.model.visual.proj = torch.nn.Parameter(torch.zeros(32, 99))
+    with pytest.raises(ValueError, match=r"1 differ, e\.g\. backbone\.model\.visual\.proj"):
+        fit(wider, tmp_path, steps=2, resume=tmp_path / "last.ckpt")
 
 
 def test_norms_biases_scalars_and_tables_do_not_decay(method):

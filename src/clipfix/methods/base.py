@@ -227,7 +227,9 @@ class Method(L.LightningModule, ABC):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = checkpoint.get("training", checkpoint["state_dict"])  # of older files, the only one
-        if wrong := self.trained_names() ^ checkpoint["state_dict"].keys():
+        own, stored = self.state_dict(), checkpoint["state_dict"]
+        wrong = self.trained_names() ^ stored.keys()
+        if wrong := wrong or {name for name, weight in stored.items() if weight.shape != own[name].shape}:
             raise ValueError(
                 f"The checkpoint trains other weights than this config does ({len(wrong)} differ, e.g. {min(wrong)}). "
                 "Use the method and backbone of the run that wrote it; its config is stored in it as config_yaml."

@@ -1,0 +1,211 @@
+"""The data path alone: images a second against plain Pillow and torchvision, workers, memory over time, long lists.
+
+    python benchmarks/data.py speed             # one core: the stream against decoding the same bytes
+    python benchmarks/data.py workers           # 1 and 2 loader processes
+    python benchmarks/data.py memory            # resident set over 200,000 small samples
+    python benchmarks/data.py urls              # seconds until a list of 100,000 shards is ready
+
+Photographs are crops of those that come with scikit-learn and scikit-image, saved as img2dataset saves them (JPEG,
+quality 95, shorter side 256); every one differs.
+"""
+
+import argparse
+import io
+import resource
+import statistics
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from measure import alone
+from PIL import Image
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms import functional as tvf
+
+from clipfix.data import ShardData, square
+from clipfix.writing import add_sample
+
+CAPTION = {"caption": {"key": "txt", "pick": "one"}}
+
+
+def photographs(count: int, width: int, height: int) -> Iterator[bytes]:
+    """JPEG files of crops, each another one."""
+    from skimage import data
+    from sklearn.datasets import load_sample_images
+
+    sources = [Image.fromarray(pixels) for pixels in (*load_sample_images().images, data.astronaut(), data.coffee())]
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        source = sources[number % len(sources)]
+        share = rng.uniform(0.6, 0.95)
+        w, h = int(source.width * share), int(source.height * share)
+        left, top = (int(rng.integers(0, whole - part)) for whole, part in ((source.width, w), (source.height, h)))
+        image = source.resize((width, height), Image.Resampling.BICUBIC, (left, top, left + w, top + h))
+        image.save(buffer := io.BytesIO(), "JPEG", quality=95)
+        yield buffer.getvalue()
+
+
+def shards(folder: Path, files: list[bytes], per_shard: int) -> str:
+    for start in range(0, len(files), per_shard):
+        with tarfile.open(folder / f"{start // per_shard:05d}.tar", "w") as tar:
+            for place, data in enumerate(files[start : start + per_shard], start=start):
+                add_sample(tar, f"{place:09d}", {"jpg": data, "txt": f"picture {place}".encode(), "json": b"{}"})
+    return str(folder)
+
+
+def loader(train: str | list[str], image_size: int, workers: int, batch_size: int = 64, shuffle: int = 200) -> Iterator:
+    data = ShardData(train, None, CAPTION, batch_size, workers, shuffle, seed=0, image_size=image_size)
+    data.setup()
+    return iter(data.train_dataloader())
+
+
+# -- speed of one core -------------------------------------------------------------------------------------------------
+
+
+def plain_pillow(files: list[bytes], size: int) -> None:
+    for data in files:
+        square(Image.open(io.BytesIO(data)).convert("RGB"), size)
+
+
+def only_decoded(files: list[bytes], size: int) -> None:
+    for data in files:
+        Image.open(io.BytesIO(data)).convert("RGB").load()
+
+
+def plain_torchvision(files: list[bytes], size: int) -> None:
+    for data in files:
+        image = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+        tvf.center_crop(tvf.resize(image, [size], tvf.InterpolationMode.BICUBIC, antialias=True), [size]).float().div(
+            255
+        )
+
+
+def speed(count: int, size: int, repeats: int) -> None:
+    files = list(photographs(count, 341, 256))
+    with tempfile.TemporaryDirectory() as folder:
+        shards(Path(folder), files, per_shard=count // 4)
+        batches = loader(folder, size, workers=0)
+
+        def stream(*_: object) -> None:
+            for _ in range(count // 64):
+                next(batches)
+
+        ways: dict[str, Callable[[list[bytes], int], None]] = {
+            "clipfix, shards to batches": stream,
+            "Pillow, decode, resize, crop, tensor": plain_pillow,
+            "Pillow, decode alone": only_decoded,
+            "torchvision, decode, resize, crop": plain_torchvision,
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        stream()
+        for _ in range(repeats):  # in turn, so that other work on the machine falls on all
+            for name, way in ways.items():
+                start = time.process_time()
+                way(files[: count // 64 * 64], size)
+                seconds[name].append(time.process_time() - start)
+    print(f"{count} JPEG of 341 x 256, {sum(map(len, files)) / count / 1e3:.0f} kB each, to {size} px; CPU seconds")
+    print("| way | images/s a core | clipfix / it |\n|---|---|---|")
+    own = statistics.median(seconds["clipfix, shards to batches"])
+    for name, taken in seconds.items():
+        rates = [count // 64 * 64 / one for one in taken]
+        middle = statistics.median(taken)
+        print(
+            f"| {name} | {statistics.median(rates):.0f} ({min(rates):.0f} to {max(rates):.0f}) | {middle / own:.2f} |"
+        )
+
+
+# -- workers -----------------------------------------------------------------------------------------------------------
+
+
+def workers(count: int, size: int, repeats: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        shards(Path(folder), list(photographs(count, 341, 256)), per_shard=count // 8)
+        print("| loader processes | images/s, wall |\n|---|---|")
+        for number in (0, 1, 2):
+            batches, rates = loader(folder, size, number), []
+            for _ in range(4):  # workers have started, queues are full
+                next(batches)
+            for _ in range(repeats):
+                start = time.perf_counter()
+                for _ in range(count // 64):
+                    next(batches)
+                rates.append(count // 64 * 64 / (time.perf_counter() - start))
+            print(f"| {number} | {statistics.median(rates):.0f} ({min(rates):.0f} to {max(rates):.0f}) |", flush=True)
+            del batches
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def resident() -> float:
+    """MB of this process now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+
+
+def grow(samples: int) -> list[tuple[int, float]]:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        shards(Path(folder), list(photographs(10_000, 32, 32)), per_shard=1000)
+        found = []
+        batches = loader(folder, 32, workers=0, batch_size=100, shuffle=2000)
+        for number in range(samples // 100 + 1):
+            next(batches)
+            if number * 100 % (samples // 10) == 0:
+                found.append((number * 100, resident()))
+    return found
+
+
+# -- long lists --------------------------------------------------------------------------------------------------------
+
+
+def urls(count: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        (data,) = photographs(1, 32, 32)
+        shards(Path(folder), [data] * 64, per_shard=64)
+        real = Path(folder, "00000.tar")
+        many = Path(folder, "many")
+        many.mkdir()
+        for number in range(count):
+            (many / f"{number:06d}.tar").symlink_to(real)
+        last = f"{count - 1:06d}"
+        cases = {
+            "folder": str(many),
+            "brace range of paths": f"{many}/{{000000..{last}}}.tar",
+            "brace range of https": f"https://host/{{000000..{last}}}.tar",
+            "list of paths": [f"{many}/{number:06d}.tar" for number in range(count)],
+        }
+        print("| 100,000 shards given as | listed, s | first batch of 2 workers, s |\n|---|---|---|")
+        for name, given in cases.items():
+            start = time.perf_counter()
+            data_module = ShardData(given, None, CAPTION, 8, 2, 0, seed=0, image_size=32)
+            data_module.setup()
+            listed = time.perf_counter() - start
+            first = float("nan")
+            if "https" not in name:
+                next(iter(data_module.train_dataloader()))
+                first = time.perf_counter() - start - listed
+            assert len(data_module.train_shards) == count
+            print(f"| {name} | {listed:.2f} | {first:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["speed", "workers", "memory", "urls"])
+    parser.add_argument("--count", type=int, help="of images, samples or urls")
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--repeats", type=int, default=5)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    if given.what == "speed":
+        speed(given.count or 1024, given.size, given.repeats)
+    elif given.what == "workers":
+        workers(given.count or 1024, given.size, given.repeats)
+    elif given.what == "memory":
+        for samples, megabytes in alone(grow, given.count or 200_000):
+            print(f"{samples:>7} samples  {megabytes:.0f} MB")
+    else:
+        urls(given.count or 100_000)

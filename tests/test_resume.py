@@ -1,0 +1,162 @@
+"""Bad days: a run that is killed, stopped or out of space goes on to the very weights of one that was left alone."""
+
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+
+from clipfix.__main__ import main
+from clipfix.checkpoints import WholeFiles, checkpoint_to_resume
+
+STEPS = 6
+WORLD = {"train": 64, "selection": 16, "test": 16, "pairs_train": 1, "pairs_selection": 1, "pairs_test": 1}
+RUN = [
+    "method=finetune", "logger=csv", "trainer=cpu", "eval=none", "trainer.val_check_interval=2",
+    f"method.steps={STEPS}", "method.warmup_steps=1",
+    "data.batch_size=8", "data.workers=0", "data.shuffle=16", "data.prepare.processes=1",
+    *(f"data.prepare.{name}={size}" for name, size in WORLD.items()),
+]  # fmt: skip
+
+
+class Signal(L.Callback):
+    """Sends its own process a signal at a moment: a hook, and the batch it belongs to."""
+
+    def __init__(self, number: int, hook: str, batch: int) -> None:
+        self.number, self.batch, self.batches = number, batch, 0
+        setattr(self, hook, self.strike)
+
+    def strike(self, *_: object) -> None:
+        self.batches += 1
+        if self.batches == self.batch:
+            os.kill(os.getpid(), self.number)
+
+
+def send(number: int, hook: str, batch: int) -> str:
+    return f"+callbacks.signal={{_target_: test_resume.Signal, number: {int(number)}, hook: {hook}, batch: {batch}}}"
+
+
+def command(*words: str) -> None:
+    sys.argv = ["clipfix", *RUN, *words]
+    os.environ.pop("HYDRA_FULL_ERROR", None)
+    main()
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == STEPS
+    return saved["training"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> str:
+    return f"data.prepare.root={tmp_path_factory.mktemp('world') / 'scenes'}"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, world) -> dict[str, torch.Tensor]:
+    """What a run learns that nothing happens to."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", [])
+        command(world, "hydra.run.dir=run")
+    return weights(folder / "run")
+
+
+def killed(*words: str) -> int:
+    """The signal that ended the same command in a process of its own, which begins where this one stands."""
+    process = multiprocessing.get_context("fork").Process(target=command, args=words)
+    process.start()
+    process.join()
+    return -(process.exitcode or 0)
+
+
+def cut_off_while_saving(checkpoint: object, file: object) -> None:
+    file.write(b"half of it")
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("hook", "batch"),
+    [("on_train_batch_start", 4), ("on_before_optimizer_step", 5), ("on_validation_start", 2), ("on_fit_start", 1)],
+)
+def test_a_killed_run_goes_on_to_the_same_weights(hook, batch, world, whole, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [])
+    assert killed(world, send(signal.SIGKILL, hook, batch)) == signal.SIGKILL
+    command(world, "resume=auto")
+    (run,) = (tmp_path / "outputs").glob("*/*")
+    assert all(torch.equal(value, whole[key]) for key, value in weights(run).items())
+
+
+def test_killed_while_it_saves(world, whole, tmp_path, monkeypatch, capsys):
+    """The checkpoint before is still there, and what was half written is swept up."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [])
+    assert killed(world, send(signal.SIGKILL, "on_train_batch_start", 4)) == signal.SIGKILL
+    (run,) = (tmp_path / "outputs").glob("*/*")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", cut_off_while_saving)
+        assert killed(world, "resume=auto") == signal.SIGKILL
+    assert len(list(run.glob("checkpoints/.last.ckpt.*.part"))) == 1
+    command(world, "resume=auto")
+    assert f"Resuming {run}/checkpoints/last.ckpt" in capsys.readouterr().out
+    assert not list(run.glob("checkpoints/.*"))
+    assert all(torch.equal(value, whole[key]) for key, value in weights(run).items())
+
+
+@pytest.mark.parametrize(("accumulate", "batch", "step"), [(1, 3, 3), (2, 5, 2)])
+def test_sigterm_saves_and_goes_on(accumulate, batch, step, world, tmp_path, monkeypatch, capsys):
+    """Between two steps at once; within an accumulated one from the checkpoint before."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [])
+    settings = [world, f"trainer.accumulate_grad_batches={accumulate}"]
+    command(*settings, "hydra.run.dir=whole")
+    with pytest.raises(SystemExit) as stopped:
+        command(*settings, send(signal.SIGTERM, "on_train_batch_start", batch))
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert f"Stopped by SIGTERM after step {step}: resume=auto" in capsys.readouterr().out
+    (run,) = (tmp_path / "outputs").glob("*/*")
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == step
+    command(*settings, "resume=auto")
+    expected = weights(tmp_path / "whole")
+    assert all(torch.equal(value, expected[key]) for key, value in weights(run).items())
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path):
+    files, path = WholeFiles(), tmp_path / "checkpoints" / "last.ckpt"
+    files.save_checkpoint({"step": 1}, path)
+    room = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, room[1]))
+    try:
+        with pytest.raises(ValueError, match=r"last\.ckpt cannot be written .*make room") as error:
+            files.save_checkpoint({"step": 2, "weights": torch.zeros(100_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, room)
+    assert len(str(error.value).splitlines()) == 1
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    assert [each.name for each in path.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_what_is_cut_off_is_named_and_passed_over(tmp_path, capsys):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for name in ("last", "best"):
+        torch.save({"state_dict": {"backbone.x": torch.zeros(1000)}, "batches_seen": 2}, folder / f"{name}.ckpt")
+    assert checkpoint_to_resume("auto", tmp_path) == str(folder / "last.ckpt")
+    whole = (folder / "last.ckpt").read_bytes()
+    (folder / "last.ckpt").write_bytes(whole[: len(whole) // 2])
+    capsys.readouterr()
+    assert checkpoint_to_resume("auto", tmp_path) == str(folder / "best.ckpt")
+    assert f"{folder / 'last.ckpt'} is cut off" in capsys.readouterr().out
+    (folder / "best.ckpt").write_bytes(b"")
+    assert checkpoint_to_resume("auto", tmp_path) is None
+    assert checkpoint_to_resume(None, tmp_path) is None
