@@ -205,7 +205,9 @@ def export(cfg: DictConfig, folder: Path) -> None:
     from clipfix.checkpoints import load_repair, read_checkpoint
     from clipfix.export.about import about
 
-    to = [cfg.export.to] if isinstance(cfg.export.to, str) else list(cfg.export.to)
+    to = [cfg.export.to] if isinstance(cfg.export.to, str) else list(cfg.export.to or ())
+    if cfg.export.output is None:
+        raise ValueError("export.output=null says no place: give a folder, or leave it out for one in outputs/.")
     output = Path(cfg.export.output).expanduser()
     settings = {"to": to, "output": output, **{key: cfg.export[key] for key in ("dtype", "overwrite", "push_to")}}
     exporting.check(**settings)

@@ -4,6 +4,7 @@ A target is a function from a backbone to the files of its folder, and refuses a
 are asked before anything is written.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,11 @@ def check(to: Sequence[str], output: Path, dtype: str, overwrite: bool, push_to:
         raise ValueError(f"export.to is empty: choose from {', '.join(TARGETS)}.")
     if dtype not in DTYPES:
         raise ValueError(f"export.dtype={dtype} is none: choose from {', '.join(DTYPES)}.")
+    if not isinstance(overwrite, bool):
+        raise ValueError(f"export.overwrite={overwrite} is neither true nor false.")
+    there = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ValueError(f"export.output={output} cannot be written, {there} is why: give a folder as export.output.")
     for target in to:
         check_free(output / target, overwrite)
     if push_to is not None:
