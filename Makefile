@@ -22,7 +22,7 @@ run: install  ## repair the tiny CLIP on the drawn world: a before/after table a
 	$(BIN)/python -m clipfix
 
 test: install  ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: install  ## formatting, lint, types and import contracts
 	$(BIN)/ruff format --check

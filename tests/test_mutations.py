@@ -8,5 +8,5 @@ def test_a_wrong_config_is_passed_or_stops_in_one_line() -> None:
     kinds = [outcome.kind for outcome in outcomes]
     failed = [f"{' '.join(outcome.words)}: {outcome.said}" for outcome in outcomes if outcome.kind == "traceback"]
     assert not failed
-    assert kinds.count("passed") >= 2  # the checks let something through
+    assert kinds.count("passed") >= 1  # the checks let something through
     assert kinds.count("refused") >= 12

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import warnings
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 
 from clipfix import CONF
 
@@ -268,11 +270,21 @@ def settle(cfg: DictConfig) -> None:
     from clipfix.arguments import check_arguments
 
     groups = [group for group in VERBS[cfg.run][1] if OmegaConf.is_dict(cfg[group])]
-    check_arguments({group: OmegaConf.to_container(cfg[group], resolve=True) for group in groups}, groups)
+    check_arguments({group: resolved(cfg[group]) for group in groups}, groups)
     for harmless in HARMLESS:
         warnings.filterwarnings("ignore", harmless)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
+
+
+def resolved(group: DictConfig) -> dict[str, Any]:
+    """Without keys that point at nothing, as data.selection does where data.prepare is null: who reads them says so."""
+    found = {}
+    for key in group:
+        with suppress(InterpolationResolutionError):
+            value = group[key]
+            found[str(key)] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    return found
 
 
 def method_and_data(cfg: DictConfig, backbone: Any) -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from kinds import equal
 from run import run
-from test_command import TINY
+from test_export import TINY
 from test_main import ROOT
 from torch.nn.functional import normalize
 
