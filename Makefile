@@ -24,11 +24,12 @@ run: install  ## repair the tiny CLIP on the drawn world: a before/after table a
 test: install  ## run the tests
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-check: install  ## formatting, lint, types and import contracts
+check: install  ## formatting, lint, types, import contracts and dependencies
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tests/audit.py
 
 tables: install  ## README's tables from benchmarks/results
 	$(BIN)/python benchmarks/tables.py

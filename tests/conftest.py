@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from jaxtyping import install_import_hook
 
 os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 install_import_hook(
-    [f"clipfix.{name}" for name in ("functional", "methods", "evals", "sets", "data", "shards", "packed")],
+    [f"clipfix.{name}" for name in ("functional", "methods", "evals", "sets", "data", "decoding", "shards", "packed")],
     "beartype.beartype",
 )
 
@@ -63,3 +64,20 @@ def generator_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
         },
     )
     return str(folder)
+
+
+@pytest.fixture
+def clipfix(tmp_path, monkeypatch, capsys):
+    """Runs the command in an empty folder; returns the newest run folder and what was printed."""
+    from clipfix.__main__ import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments: str) -> tuple[Path, str]:
+        monkeypatch.setattr(sys, "argv", ["clipfix", *arguments])
+        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)  # `main` sets it
+        main()
+        runs = sorted(tmp_path.glob("outputs/**/results.json"), key=os.path.getmtime)
+        return (runs[-1].parent if runs else tmp_path), capsys.readouterr().out
+
+    return command

@@ -34,7 +34,8 @@ from clipfix.annotate.captions import Captions, with_key
 from clipfix.annotate.features import Features
 from clipfix.annotate.latents import Latents
 from clipfix.backbone import Backbone
-from clipfix.data import ShardData, decode, samples, square
+from clipfix.data import ShardData
+from clipfix.decoding import decode, samples, square
 from clipfix.diffusion import Diffusion
 from clipfix.evals.embed import embed_images, embed_texts
 from clipfix.evals.features import scoring
@@ -376,6 +377,23 @@ def test_mistakes_are_told(changed: Any, message: str, model_folder: Any, monkey
         captions(**({"model": "nowhere", "prompt": "a"} | changed))
 
 
+def test_code_of_a_model_runs_only_where_it_is_trusted(
+    model_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder, ran = shutil.copytree(model_folder("git"), tmp_path / "model"), tmp_path / "ran"
+    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Config: pass\nclass Model: pass\n")
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "own"}
+    config["auto_map"] = {"AutoConfig": "own.Config", "AutoModelForImageTextToText": "own.Model"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        captions(str(folder), None)
+    assert not ran.exists()
+    with pytest.raises((ValueError, AttributeError)):  # it is no model, but it is asked
+        captions(str(folder), None, trust_remote_code=True)
+    assert ran.exists()
+
+
 def test_half_precision_is_that_of_the_model(model_folder: Any) -> None:
     annotator = captions(model_folder("blip2-opt"), None, dtype="bf16")
     assert annotator.model.vision_model.dtype == torch.bfloat16
@@ -446,7 +464,9 @@ def test_training_reads_them_back_for_what_it_draws(clip: Backbone, texts_of: Pa
         }
         assert features.keys() == {"image", "caption", "captions"}
         with scoring(clip):
-            assert torch.allclose(features["image"], embed_images(clip, batch["image"]), atol=5e-4)
+            assert torch.allclose(
+                features["image"], embed_images(clip, data.on_after_batch_transfer(batch, 0)["image"]), atol=5e-4
+            )
             for name in ("caption", "captions"):
                 assert features[name].dtype == torch.float32
                 assert torch.allclose(features[name], embed_texts(clip, batch[name]), atol=5e-4)
@@ -514,7 +534,7 @@ def test_stored_latents_are_those_of_training(
         keys += batch["key"]
         assert batch["image"].shape == (4, 3, size, size)
         assert batch["latents"].dtype == torch.float32
-        expected = diffusion.encode(batch["image"])
+        expected = diffusion.encode(data.on_after_batch_transfer(batch, 0)["image"])
         torch.testing.assert_close(batch["latents"], expected, rtol=2 ** -{"fp32": 11, "bf16": 8}[dtype], atol=1e-5)
         assert expected.std(dim=0).mean() > 0.01  # they tell pictures apart
     assert [keys.count(f"k{number}") for number in range(10)] == [2] * 10

@@ -17,8 +17,9 @@ from torch.nn.functional import normalize
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, SiglipConfig, SiglipModel
 
 from clipfix import convert
-from clipfix.backbone import Backbone, _fitting
+from clipfix.backbone import Backbone
 from clipfix.checkpoints import load_repair
+from clipfix.pretrained import fitting
 
 QUICK = CLIP | {"quick_gelu": True}
 TEXTS = ["a red circle", "two dogs, and a blue square above them"]
@@ -223,7 +224,7 @@ def test_another_architecture_is_named(folder, plain, tmp_path):
         Backbone(str(wide), pretrained=str(file))
     with torch.device("meta"):
         state = Backbone("ViT-B-16").model.state_dict()
-    found = _fitting(state)
+    found = fitting(state)
     assert {"ViT-B-16", "ViT-B-16-quickgelu"} <= set(found)
     assert not {"ViT-B-32", "ViT-L-14", "RN50"} & set(found)
-    assert _fitting(state, quick_gelu=True) == ["ViT-B-16-quickgelu"]
+    assert fitting(state, quick_gelu=True) == ["ViT-B-16-quickgelu"]

@@ -58,21 +58,6 @@ def scenes(tmp_path_factory) -> str:
     return f"data.prepare.root={tmp_path_factory.mktemp('world') / 'scenes'}"
 
 
-@pytest.fixture
-def clipfix(tmp_path, monkeypatch, capsys):
-    """Runs the command in an empty folder; returns the newest run folder and what was printed."""
-    monkeypatch.chdir(tmp_path)
-
-    def command(*arguments: str) -> tuple[Path, str]:
-        monkeypatch.setattr(sys, "argv", ["clipfix", *arguments])
-        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)  # `main` sets it
-        main()
-        runs = sorted(tmp_path.glob("outputs/**/results.json"), key=os.path.getmtime)
-        return (runs[-1].parent if runs else tmp_path), capsys.readouterr().out
-
-    return command
-
-
 def refusal(clipfix, *arguments: str) -> str:
     with pytest.raises(SystemExit) as exit_:
         clipfix(*arguments)

@@ -112,15 +112,17 @@ def test_killed_while_it_saves(world, whole, tmp_path, monkeypatch, capsys):
     assert all(torch.equal(value, whole[key]) for key, value in weights(run).items())
 
 
-@pytest.mark.parametrize(("accumulate", "batch", "step"), [(1, 3, 3), (2, 5, 2)])
-def test_sigterm_saves_and_goes_on(accumulate, batch, step, world, tmp_path, monkeypatch, capsys):
-    """Between two steps at once; within an accumulated one from the checkpoint before."""
+@pytest.mark.parametrize(
+    ("number", "accumulate", "batch", "step"), [(signal.SIGTERM, 1, 3, 3), (signal.SIGUSR1, 2, 5, 3)]
+)
+def test_asked_to_end_it_saves_and_goes_on(number, accumulate, batch, step, world, tmp_path, monkeypatch, capsys):
+    """Between two steps; an accumulated one is done with first."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [])
     settings = [world, f"trainer.accumulate_grad_batches={accumulate}"]
     command(*settings, "hydra.run.dir=whole")
     with pytest.raises(SystemExit) as stopped:
-        command(*settings, send(signal.SIGTERM, "on_train_batch_start", batch))
+        command(*settings, send(number, "on_train_batch_start", batch))
     assert stopped.value.code == 128 + signal.SIGTERM
     assert f"Stopped by SIGTERM after step {step}: resume=auto" in capsys.readouterr().out
     (run,) = (tmp_path / "outputs").glob("*/*")
@@ -160,3 +162,5 @@ def test_what_is_cut_off_is_named_and_passed_over(tmp_path, capsys):
     (folder / "best.ckpt").write_bytes(b"")
     assert checkpoint_to_resume("auto", tmp_path) is None
     assert checkpoint_to_resume(None, tmp_path) is None
+    with pytest.raises(ValueError, match="resume=7 is not there"):
+        checkpoint_to_resume(7, tmp_path)

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from shards import encoded, picture
 
-import clipfix.data
+import clipfix.decoding
 from clipfix import sharegpt4v
 from clipfix.__main__ import main
-from clipfix.data import ShardData, samples
+from clipfix.data import ShardData
+from clipfix.decoding import samples
 from clipfix.sharegpt4v import prepare
 
 NUMBERS = {"held_out": 4, "records_per_shard": 3, "threads": 2}
@@ -227,7 +228,7 @@ def test_training_reads_the_shards_and_counts_what_is_no_picture(corpus: dict[st
 
 
 def test_it_reads_the_pictures_that_clipfix_data_reads() -> None:
-    assert sharegpt4v.IMAGES == clipfix.data.IMAGES
+    assert sharegpt4v.IMAGES == clipfix.decoding.IMAGES
 
 
 def test_packing_does_not_load_torch() -> None:

@@ -3,12 +3,14 @@
 import functools
 import http.server
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 from shards import numbered
+from streams import shard_data
 
 from clipfix.shards import read_shard
 
@@ -26,12 +28,15 @@ class Store(http.server.SimpleHTTPRequestHandler):
             self.send_error(int(trouble))
         elif trouble == "hangs up":
             self.connection.close()
-        elif trouble == "breaks off":
+        elif trouble == "is silent":
+            time.sleep(1)
+        elif trouble in ("breaks off", "falls silent"):
             data = Path(self.translate_path(self.path)).read_bytes()
             self.send_response(200)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data[: len(data) // 2 // 512 * 512])
+            time.sleep(trouble == "falls silent")
         else:
             super().do_GET()
 
@@ -48,10 +53,13 @@ def store(tmp_path: Path, request: pytest.FixtureRequest) -> Any:
         server.shutdown()
 
 
-@pytest.mark.parametrize("store", [("503", "429"), ("hangs up",), ("500", "hangs up")], indirect=True)
+@pytest.mark.parametrize(
+    "store", [("503", "429"), ("hangs up",), ("500", "hangs up"), ("is silent",)], indirect=True, ids=str
+)
 def test_a_store_that_fails_is_asked_again_and_nothing_is_lost(
-    store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("clipfix.shards.SILENCE", 0.5)
     keys = numbered(tmp_path, [5])
     assert [raw["__key__"] for raw in read_shard(f"{store}/00000.tar")] == keys
     assert Store.asked["/00000.tar"] == 1 + len(Store.troubles)
@@ -69,13 +77,14 @@ def test_what_a_store_does_not_have_is_asked_for_once(
     assert Store.asked == {"/00000.tar": 1}
 
 
-@pytest.mark.parametrize("store", [("breaks off",)], indirect=True)
+@pytest.mark.parametrize("store", [("breaks off",), ("falls silent",)], indirect=True, ids=str)
 def test_of_a_shard_that_breaks_off_the_rest_comes_with_the_next_pass(
-    store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keys = numbered(tmp_path, [5])
+    monkeypatch.setattr("clipfix.shards.SILENCE", 0.5)
+    keys = numbered(tmp_path, [20])
     first, second = ([raw["__key__"] for raw in read_shard(f"{store}/00000.tar")] for _ in range(2))
-    assert 0 < len(first) < 5
+    assert 0 < len(first) < 20
     assert second == keys
     (line,) = caplog.messages
     assert "is broken" in line
@@ -87,3 +96,16 @@ def test_a_server_that_is_down_is_named(caplog: pytest.LogCaptureFixture, monkey
     assert not list(read_shard("http://127.0.0.1:9/0.tar"))
     assert waited == [1, 2, 4, 8, 16, 32, 64]  # doubled each time, two minutes in all
     assert "shard http://127.0.0.1:9/0.tar is broken" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize("store", [("503",) * 99], indirect=True, ids=["503"])
+def test_a_store_that_is_gone_stops_the_run_after_one_pass_of_asking_again(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbered(tmp_path, [5, 5, 5])
+    monkeypatch.setattr("urllib3.util.retry.time.sleep", lambda seconds: None)
+    data = shard_data(f"{store}/{{00000..00002}}.tar")
+    with pytest.raises(ValueError, match=r"none of the 3 shards begins with one.*/00002\.tar: .*too many 503"):
+        next(iter(data.train_dataloader()))
+    # Once, eight times again, and once more, without waiting, to be sure that no shard is fine.
+    assert Store.asked == {f"/0000{number}.tar": 10 for number in range(3)}

@@ -1,11 +1,14 @@
 """The command line: compose the config, run its verb, and answer mistakes in one line."""
 
 import difflib
+import logging
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -15,46 +18,57 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, OmegaConfBaseException
 
-from clipfix import CONF, PACKAGE
-from clipfix.verbs import VERBS, wandb_mode
+from clipfix import CONF, secrets
+from clipfix.ranks import environment, settle_worker
+from clipfix.verbs import VERBS, in_sweep, side_by_side
 
-# -- what yaml may ask for ---------------------------------------------------------------------------------------------
-
-
-def run_folder(verb: str, name: str, resume: str | None) -> str:
-    """A new folder under outputs/<name>, or with resume=auto that of the newest run of `fit`, however far it came."""
-    if verb == "compare":
-        name = verb  # of several methods and backbones
-    started = sorted(Path("outputs", name).glob("*/config.yaml"))
-    if resume == "auto" and started:
-        return str(started[-1].parent)
-    return str(Path("outputs", name, datetime.now().strftime("%Y-%m-%d_%H-%M-%S")))
-
-
-OmegaConf.register_new_resolver("package", lambda path: str(PACKAGE / path))
-OmegaConf.register_new_resolver("run_folder", run_folder, use_cache=True)
-OmegaConf.register_new_resolver("wandb_mode", wandb_mode, use_cache=True)
-
-
-# -- the command line --------------------------------------------------------------------------------------------------
+MISTAKES = (HydraException, OmegaConfBaseException, ValueError)
+# Launchers and sweepers of hydra that are packages of their own.
+PLUGINS = {
+    "hydra/launcher=parallel": "hydra-joblib-launcher",
+    "hydra/launcher=joblib": "hydra-joblib-launcher",
+    "hydra/launcher=submitit_slurm": "hydra-submitit-launcher",
+    "hydra/launcher=submitit_local": "hydra-submitit-launcher",
+    "hydra/sweeper=tune": "hydra-optuna-sweeper",
+    "hydra/sweeper=optuna": "hydra-optuna-sweeper",
+}
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-def run(cfg: DictConfig) -> None:
+def run(cfg: DictConfig) -> float | None:
+    """One run, or one job of a sweep; what it returns is what a sweeper judges it by."""
     folder = Path(HydraConfig.get().runtime.output_dir)
+    logging.setLogRecordFactory(secrets.Record)  # again, in a process that a launcher started
     try:
+        if in_sweep() and "joblib" in HydraConfig.get().launcher._target_:
+            settle_worker(str(folder.parent))
         if cfg.run not in VERBS:
             raise ValueError(f"run={cfg.run} is no verb: choose from {', '.join(VERBS)}.")
         verb, groups = VERBS[cfg.run]
         if missing := list(unset(OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(groups))))):
             raise ValueError(f"Not set: {', '.join(missing)}. Give a value on the command line, as in {missing[0]}=...")
-        verb(cfg, folder)
+        score = verb(cfg, folder)
     except BaseException as error:
         close(folder, exit_code=1)
+        if in_sweep() and isinstance(error, Exception):
+            raise failed(cfg, error) from None
         if is_out_of_memory(error):
             raise ValueError(smaller(cfg, error)) from error
         raise
     close(folder, exit_code=0)
+    return score
+
+
+def failed(cfg: DictConfig, error: Exception) -> ValueError:
+    """Of a job of a sweep, told at once: the others go on first, and only words come back from another process."""
+    job = HydraConfig.get()
+    full = is_out_of_memory(error)
+    if not full and not isinstance(error, MISTAKES):
+        traceback.print_exception(error)
+    why = smaller(cfg, error) if full else explain(error)
+    said = secrets.hidden(one_line(f"job {job.job.num} of the sweep: {why} [{' '.join(job.overrides.task)}]"))
+    print(f"clipfix: {said}", file=sys.stderr, flush=True)
+    return ValueError(said)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -95,15 +109,47 @@ def unset(node: Any, path: str = "") -> Iterator[str]:
 
 def main() -> None:
     """The command: one readable line for the user's mistakes, a traceback for ours."""
-    sys.argv[1:] = named(sys.argv[1:])
+    sys.argv[1:] = words = named(sys.argv[1:])
     verbose = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then hands errors on instead of printing them its own way
+    logging.setLogRecordFactory(secrets.Record)
     try:
-        run()
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        secrets.check_words(words)
+        installed(words)
+        if {"-m", "--multirun"}.isdisjoint(words):
+            run()
+        else:
+            sweep(words)
+    except MISTAKES as error:
         if verbose:
             raise
-        sys.exit(f"clipfix: {one_line(explain(error))}\n(HYDRA_FULL_ERROR=1 shows where this was raised)")
+        said = secrets.hidden(one_line(explain(error)))
+        sys.exit(f"clipfix: {said}\n(HYDRA_FULL_ERROR=1 shows where this was raised)")
+
+
+def sweep(words: list[str]) -> None:
+    """All jobs, then the results of those that finished side by side. Hydra does not tell which folder it chose."""
+    if (ranks := environment()) and ranks.world_size() > 1:
+        raise ValueError("torchrun and srun start the ranks of one run: start a sweep (-m) once, docs/launch.md.")
+    key = "hydra.sweep.dir="
+    given = [word.removeprefix(key) for word in words if word.startswith(key)]
+    folder = given[-1] if given else str(Path("outputs", "sweeps", datetime.now().strftime("%Y-%m-%d_%H-%M-%S")))
+    sys.argv[1:] = [*words, *([] if given else [key + folder])]
+    try:
+        run()
+    finally:
+        side_by_side(Path(folder))
+
+
+def installed(words: list[str]) -> None:
+    """Raises where a launcher or sweeper is asked for that is not there."""
+    for word in words:
+        if word in PLUGINS:
+            try:
+                distribution(PLUGINS[word])
+            except PackageNotFoundError:
+                needs = "needs a package that is not installed: pip install 'clipfix[sweep]'"
+                raise ValueError(f"{word} {needs}") from None
 
 
 def named(words: list[str]) -> list[str]:

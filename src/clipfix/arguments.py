@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 from pydantic import ConfigDict, PydanticUndefinedAnnotation, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
+CONVERT = ("none", "partial", "object", "all")  # hydra's words for what a constructor gets of lists and dicts
 LENIENT = ConfigDict(arbitrary_types_allowed=True)
 
 
@@ -45,6 +46,8 @@ def complaints(node: Any, path: str) -> Iterator[str]:
     for key, value in node.items():
         if key in hints and (said := misfit(value, hints[key])):
             yield f"{path}.{key} is {json.dumps(value)}: {said}"
+    if node.get("_convert_", "none") not in CONVERT:
+        yield f"{path}._convert_ is {node['_convert_']!r}: should be one of {', '.join(CONVERT)}"
     if not isinstance(node.get("_partial_", False), bool):
         yield f"{path}._partial_ is {node['_partial_']!r}: should be true or false"
     elif node.get("_partial_"):  # nobody gives it more

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from torch.distributed.tensor import DTensor
 
 from clipfix.backbone import Backbone
+from clipfix.strategy import FSDP2
 
 
 class Progress(RichProgressBar):
@@ -123,6 +124,10 @@ class SaveFolder(L.Callback):
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if isinstance(trainer.strategy, FSDP2):
+            raise ValueError("callbacks.save_folder writes what one rank holds whole: choose trainer=ddp or gpu.")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module.backbone, Backbone)

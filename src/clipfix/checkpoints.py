@@ -2,7 +2,7 @@
 
 import os
 import pickle
-import uuid
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ import lightning as L
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from clipfix.writing import whole
 
 # -- written -----------------------------------------------------------------------------------------------------------
 
@@ -22,18 +24,15 @@ class WholeFiles(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
-        draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             for left in path.parent.glob(f".{path.name}.*.part"):  # by a run that was killed as it wrote
                 left.unlink(missing_ok=True)
-            with draft.open("xb") as file:
+            with whole(path) as draft, draft.open("xb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            draft.replace(path)
         except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into the latter
-            draft.unlink(missing_ok=True)
             raise ValueError(
                 f"{path} cannot be written ({error}): make room, or write elsewhere by hydra.run.dir=. "
                 "What was saved before is whole: resume=auto goes on from there."
@@ -41,29 +40,60 @@ class WholeFiles(TorchCheckpointIO):
 
 
 class SaveWhenStopped(L.Callback):
-    """Saves to `path` when the process is asked to end (SIGTERM), as by SLURM before it gives the node to others.
+    """Saves to `path` and stops, between two optimizer steps, when a rank is asked to end: by SIGTERM, as SLURM and
+    torchrun do before they end it by force, or by SIGUSR1, which SLURM's --signal often names.
 
-    Lightning then stops between two batches. Within an accumulated step it is not saved, as its gradient would be
-    lost: the run goes on from the checkpoint before.
+    In place of Lightning's own handlers: under SIGUSR1 its checkpoint is of the midst of a step, and under SIGTERM each
+    rank calls the others from inside the handler, at whatever it was doing. Here all ranks ask each other once a batch,
+    and an accumulated step or a validation is done with first.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self.asked = self.agreed = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Lightning has set its handlers by now; it brings back those before them when training ends."""
+
+        def ask(number: Any, frame: Any) -> None:
+            self.asked = True
+            if trainer.strategy.launcher is not None:  # ranks that were started from here
+                trainer.strategy.launcher.kill(number)
+
+        self.asked = self.agreed = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, ask)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        seen: Any = pl_module.batches_seen
+        step_done = seen % trainer.accumulate_grad_batches == 0
+        self.agreed = step_done and trainer.strategy.reduce_boolean_decision(self.asked, all=False)
+        self.tell(trainer, self.agreed)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.tell(trainer, False)  # ranks with fewer batches would leave the others waiting
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.tell(trainer, self.agreed)
+
+    def tell(self, trainer: L.Trainer, stop: bool) -> None:
+        """Lightning stops when it is done with a batch, and looks here whether to."""
+        trainer._signal_connector.received_sigterm = stop
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        seen: Any = pl_module.batches_seen
-        whole = seen % trainer.accumulate_grad_batches == 0
-        if isinstance(exception, SIGTERMException) and whole and not trainer.validating:
+        if isinstance(exception, SIGTERMException):
             trainer.save_checkpoint(self.path)
 
 
 # -- read --------------------------------------------------------------------------------------------------------------
 
 
-def read_checkpoint(checkpoint: str) -> dict[str, Any]:
-    """A checkpoint of `fit`; its tensors stay on disk until they are asked for."""
-    if not Path(checkpoint).is_file():
-        raise ValueError(f"checkpoint={checkpoint} is not there: give the checkpoint of a run, outputs/.../best.ckpt.")
+def read_checkpoint(checkpoint: str, key: str = "checkpoint") -> dict[str, Any]:
+    """A checkpoint of `fit`; its tensors stay on disk until they are asked for. `key` is what the user set."""
+    if not isinstance(checkpoint, str) or not Path(checkpoint).is_file():
+        raise ValueError(f"{key}={checkpoint} is not there: give the checkpoint of a run, outputs/.../best.ckpt.")
     try:
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError):
@@ -71,7 +101,7 @@ def read_checkpoint(checkpoint: str) -> dict[str, Any]:
     state = saved.get("state_dict", {})
     if "batches_seen" not in saved and not any(key.startswith("backbone.") for key in state):
         raise ValueError(
-            f"checkpoint={checkpoint} is none of clipfix: give the weights of a whole model (DIVA's, Long-CLIP's, "
+            f"{key}={checkpoint} is none of clipfix: give the weights of a whole model (DIVA's, Long-CLIP's, "
             "OpenAI's, open_clip's) as backbone.pretrained=/path/to/file, a folder as backbone.name=/path/to/folder."
         )
     return saved
@@ -79,7 +109,7 @@ def read_checkpoint(checkpoint: str) -> dict[str, Any]:
 
 def load_repair(backbone: Any, checkpoint: str) -> dict[str, Any]:
     """The backbone's trained weights from a checkpoint of `fit`, on top of those it was built with; gives the file."""
-    from clipfix.backbone import assign
+    from clipfix.pretrained import assign
 
     saved = read_checkpoint(checkpoint)
     state = saved["state_dict"]
@@ -102,7 +132,7 @@ def checkpoint_to_resume(resume: str | None, folder: Path) -> str | None:
     """`auto` means the newest checkpoint that can be read of this run folder, which `run_folder` chose to continue."""
     if resume != "auto":
         if resume is not None:
-            read_checkpoint(resume)  # what is none is named before anything is scored
+            read_checkpoint(resume, "resume")  # what is none is named before anything is scored
         return resume
     found = folder.glob("checkpoints/*.ckpt")
     for path in sorted(found, key=lambda path: (path.name == "last.ckpt", path.stat().st_mtime), reverse=True):

@@ -5,8 +5,8 @@ Stable Diffusion 1.x or 2.x, from the hub or from disk, gives feedback without a
 ships with this package is such a folder too; only its autoencoder, `PatchPCA`, is ours.
 """
 
-import copy
 import json
+from collections.abc import Mapping
 from contextlib import nullcontext
 from hashlib import blake2b
 from pathlib import Path
@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging
 
-from clipfix.export.tokenizer import clip_tokenizer
+from clipfix.tokenizer import clip_tokenizer
 
 logging.disable_progress_bar()  # a bar for the second that a text encoder takes to load breaks the run's own
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -240,9 +240,12 @@ class Diffusion(nn.Module):
             latents = scheduler.step(guided, timestep, latents).prev_sample
         return self.decode(latents)
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype) -> None:
-        """Write the folder that the constructor reads, weights in `dtype`."""
-        _write(folder, dtype, self.unet, self.vae, self.text_encoder, self.tokenizer, self.scheduler)
+    def save_pretrained(
+        self, folder: str | Path, dtype: torch.dtype, weights: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write the folder that the constructor reads, in `dtype`: own weights, or those given by name instead."""
+        parts = self.unet, self.vae, self.text_encoder, self.tokenizer, self.scheduler
+        _write(folder, dtype, *parts, weights or {})
 
 
 def has_bf16() -> bool:
@@ -312,7 +315,7 @@ def blank(
     nn.init.zeros_(text_model.get_input_embeddings().weight)  # type: ignore[arg-type]
     tokenizer = clip_tokenizer(text_model.config.max_position_embeddings)
     parts = UNet2DConditionModel(**unet), PatchPCA(**vae), text_model, tokenizer, DDPMScheduler(**scheduler)
-    _write(folder, torch.float32, *parts)
+    _write(folder, torch.float32, *parts, weights={})
     return Diffusion(folder)
 
 
@@ -333,11 +336,19 @@ def _write(
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
     scheduler: DDPMScheduler,
+    weights: Mapping[str, Tensor],
 ) -> None:
+    def state(part: str, model: nn.Module) -> dict[str, Tensor]:
+        own = model.state_dict()
+        return {key: weights.get(f"{part}.{key}", tensor).to(dtype, copy=True) for key, tensor in own.items()}
+
     folder = Path(folder)
     models: dict[str, Any] = {"unet": unet, "vae": vae}
     for name, model in models.items():
-        nn.Module.to(copy.deepcopy(model), dtype).save_pretrained(folder / name)  # diffusers' own `to` warns of nothing
+        with torch.device("meta"):  # rather than a copy of the model, which has no copy where its weights are sharded
+            plain = type(model).from_config(model.config)
+        plain.load_state_dict(state(name, model), assign=True)
+        plain.save_pretrained(folder / name)
         config = json.loads((folder / name / "config.json").read_text())
         config.pop("_name_or_path", None)  # where it was loaded from is nobody's business elsewhere
         (folder / name / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -349,6 +360,6 @@ def _write(
     tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))
     # transformers 5 writes keys without the prefix that every Stable Diffusion folder has and transformers 4 needs.
     prefix = "text_model."
-    state = {prefix + key.removeprefix(prefix): tensor.to(dtype) for key, tensor in text_encoder.state_dict().items()}
+    named = {prefix + key.removeprefix(prefix): tensor for key, tensor in state("text_encoder", text_encoder).items()}
     text_encoder.config.save_pretrained(folder / "text_encoder")
-    save_file(state, folder / "text_encoder/model.safetensors", metadata={"format": "pt"})
+    save_file(named, folder / "text_encoder/model.safetensors", metadata={"format": "pt"})

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from clipfix import PACKAGE, __version__
 from clipfix.backbone import Backbone
 from clipfix.evals import Benchmark
+from clipfix.secrets import hidden, without_secrets
 from clipfix.shards import expand
 
 LIBRARIES = ("torch", "lightning", "open_clip_torch", "diffusers", "transformers", "numpy")
@@ -56,7 +57,7 @@ def data_hash(sources: Mapping[str, Any]) -> dict[str, Any]:
     """
     found = [file for source in sources.values() for file in files(source)]
     if remote := [file for file in found if urlsplit(file).scheme]:
-        return {"files": len(found), "sha256": None, "urls": remote}
+        return {"files": len(found), "sha256": None, "urls": without_secrets(remote)}
     return {"files": len(found), "sha256": sha256("".join(map(_digest, found)).encode()).hexdigest()}
 
 
@@ -132,11 +133,11 @@ def asked(cfg: DictConfig) -> dict[str, Any]:
 
 
 def portable(node: Any, leave_out: tuple[str, ...] = ()) -> Any:
-    """Resolved config without some keys, and with paths inside the package as they are on every machine."""
+    """Resolved config without some keys and secrets, and with paths inside the package as they are on every machine."""
     if isinstance(node, DictConfig | ListConfig):
         node = OmegaConf.to_container(node, resolve=True)
     if isinstance(node, dict):
         return {key: portable(value, leave_out) for key, value in node.items() if key not in leave_out}
     if isinstance(node, list):
         return [portable(value, leave_out) for value in node]
-    return node.replace(str(PACKAGE), PACKAGE.name) if isinstance(node, str) else node
+    return hidden(node.replace(str(PACKAGE), PACKAGE.name)) if isinstance(node, str) else node

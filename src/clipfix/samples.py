@@ -11,13 +11,14 @@ from jaxtyping import Float
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from clipfix.data import samples, square
+from clipfix.decoding import samples, square
 from clipfix.evals.embed import BATCH
 from clipfix.evals.features import still
 from clipfix.evals.gallery import Cell, gallery
 from clipfix.methods.denoise import Denoise, joined_texts
 from clipfix.methods.diva import DIVA
 from clipfix.report import show
+from clipfix.sharding import unsharded
 
 
 class Samples(L.Callback):
@@ -80,13 +81,15 @@ class Reconstructions(L.Callback):
         self.drawn_at = -1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.draw(trainer, pl_module)
+        with unsharded(pl_module):
+            self.draw(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.draw(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.draw(trainer, pl_module)
+        with unsharded(pl_module):
+            self.draw(trainer, pl_module)
 
     def draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The picture of this step, once, by the first rank alone: nothing is asked of others."""

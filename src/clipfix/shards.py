@@ -3,7 +3,7 @@
 import glob
 import logging
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,6 +18,8 @@ from webdataset.tariterators import group_by_keys
 
 log = logging.getLogger(__name__)
 
+RETRIES = 8  # of a server; the first at once
+SILENCE = 60  # seconds without a byte after which a server counts as down
 GOPEN = ("", "file", *wds.gopen_schemes)  # what webdataset opens; fsspec has the rest, s3 among them
 
 
@@ -76,7 +78,7 @@ class _StrictMember(tarfile.TarInfo):
             raise tarfile.ReadError(f"damaged or cut off, {error}") from None
 
 
-def open_shard(url: str) -> Any:
+def open_shard(url: str, again: int = RETRIES) -> Any:
     """Bytes of a shard from wherever it lies. A server that is down or busy is asked again for two minutes.
 
     Waits double from a second on; a server that says nothing for a minute counts as down. What breaks off midway is
@@ -84,25 +86,31 @@ def open_shard(url: str) -> Any:
     """
     scheme = urlsplit(url).scheme
     if scheme in ("http", "https"):
-        again = Retry(total=8, backoff_factor=0.5, status_forcelist=(408, 429, 500, 502, 503, 504))
+        retry = Retry(total=again, backoff_factor=0.5, status_forcelist=(408, 429, 500, 502, 503, 504))
         session = requests.Session()
-        session.mount(f"{scheme}://", HTTPAdapter(max_retries=again))
-        answer = session.get(url, stream=True, timeout=60)
+        session.mount(f"{scheme}://", HTTPAdapter(max_retries=retry))
+        answer = session.get(url, stream=True, timeout=SILENCE)
         answer.raise_for_status()
         return answer.raw
     return wds.gopen(url) if scheme in GOPEN else fsspec.open(url, "rb").open()
 
 
-def read_shard(url: str) -> Iterator[dict[str, Any]]:
-    """The samples of one shard, undecoded; a broken shard gives what can be read of it and one line in the log."""
+def warn(url: str, error: Exception) -> None:
+    log.warning("shard %s is broken (%s): using its readable part", url, error)
+
+
+def read_shard(
+    url: str, tell: Callable[[str, Exception], object] = warn, again: int = RETRIES
+) -> Iterator[dict[str, Any]]:
+    """The samples of one shard, undecoded; a broken shard gives what can be read of it, and `tell` hears why."""
 
     def broken(error: Exception) -> bool:
-        log.warning("shard %s is broken (%s): using its readable part", url, error)
+        tell(url, error)
         return True  # webdataset's word for: go on
 
     def members() -> Iterator[dict[str, Any]]:
         try:
-            stream = open_shard(url)
+            stream = open_shard(url, again)
             with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictMember) as tar:
                 for member in tar:
                     if member.isreg() and (file := tar.extractfile(member)):

@@ -4,11 +4,9 @@ Beside each shard lies a small json that counts what became of its records. It i
 whole shards with their counts, and the next run makes the others.
 """
 
-import contextlib
 import json
 import logging
 import tarfile
-import uuid
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -22,13 +20,13 @@ from rich.filesize import decimal
 from rich.progress import track
 from rich.table import Table
 
-from clipfix.writing import add_sample, put_json
+from clipfix.writing import add_sample, put_json, whole
 
 log = logging.getLogger(__name__)
 
 # Nothing here imports torch: packing must run on a machine that only holds the data.
 
-IMAGES = ("jpg", "jpeg", "png", "webp")  # what clipfix.data reads
+IMAGES = ("jpg", "jpeg", "png", "webp")  # what decoding.py reads
 FATES = ("written", "absent", "unusable", "no caption")  # a record has the first that fits, from absent on
 SEED = 0  # of the order of the training records
 
@@ -170,17 +168,13 @@ def finished(folder: Path, name: str) -> bool:
 def write(folder: Path, images: Path, shard: Shard) -> None:
     """One shard and its counts, each under another name until complete."""
     fates: dict[str, Counter[str]] = {}
-    draft = folder / f".{shard.name}.{uuid.uuid4().hex}.part"
-    try:
+    tar_file = folder / f"{shard.name}.tar"
+    with whole(tar_file, swept=True) as draft:
         with tarfile.open(draft, "x") as tar:
             for record in shard.records:
                 fates.setdefault(record.source, Counter())[pack(tar, images, record)] += 1
-        if total(fates)["written"]:
-            # Whoever else prepares this folder makes the same bytes, and sweeps up drafts once all shards are there.
-            with contextlib.suppress(FileNotFoundError):
-                draft.replace(folder / f"{shard.name}.tar")
-    finally:
-        draft.unlink(missing_ok=True)
+        if not total(fates)["written"]:
+            draft.unlink(missing_ok=True)
     put_json(folder / f"{shard.name}.json", fates)
 
 

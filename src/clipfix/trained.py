@@ -101,5 +101,6 @@ def merged(module: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         if isinstance(layer, LoraLayer):
             a, b = (weights.pop(f"{name}.lora_{factor}.{ADAPTER}.weight") for factor in "AB")
             weight = f"{name}.weight".replace(".in_proj.weight", ".in_proj_weight")
-            weights[weight] = layer.get_base_layer().get_parameter("weight").detach() + layer.scaling[ADAPTER] * b @ a
+            base = layer.get_base_layer().get_parameter("weight").detach().to(b.device)
+            weights[weight] = base + layer.scaling[ADAPTER] * b @ a
     return weights

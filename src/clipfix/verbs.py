@@ -20,7 +20,9 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
-from clipfix import CONF
+from clipfix import CONF, ranks
+from clipfix.resolvers import wandb_mode
+from clipfix.secrets import without_secrets
 
 # Warnings about what is meant to be so, which would push the table off the screen.
 HARMLESS = (
@@ -34,8 +36,8 @@ HARMLESS = (
 )
 
 
-def fit(cfg: DictConfig, folder: Path) -> None:
-    """Score, train, score what the selection split prefers, report."""
+def fit(cfg: DictConfig, folder: Path) -> float | None:
+    """Score, train, score what the selection split prefers, report; a sweep that asks for it gets the score there."""
     started = time.perf_counter()
     backbone, benchmarks = build(cfg)
     from lightning.pytorch.callbacks import LambdaCallback
@@ -51,7 +53,7 @@ def fit(cfg: DictConfig, folder: Path) -> None:
     # What is scored, before and with the repair loaded. A method may rebuild its own backbone: Long-CLIP, LoRA.
     scored = copy.deepcopy(backbone)
     method, data = method_and_data(cfg, backbone)  # missing shards are named before anything is scored
-    method.config_yaml = OmegaConf.to_yaml(cfg, resolve=True)
+    method.config_yaml = OmegaConf.to_yaml(shareable(cfg))
     scores: dict[str, dict[str, float]] = {}
     weights: dict[str, str] = {}
     facts: dict[str, Any] = {}
@@ -76,6 +78,9 @@ def fit(cfg: DictConfig, folder: Path) -> None:
         callbacks["wise"] = WiSE(cfg.wise)
     loggers = list(instantiate(cfg.logger).values())
     trainer = instantiate(cfg.trainer, callbacks=[c for c in callbacks.values() if c is not None], logger=loggers)
+    refuse_in_sweep(trainer.strategy)
+    if judged() and "best" not in callbacks:
+        raise ValueError("A sweep by Optuna is judged by the selection split: set data.selection and eval.selection.")
 
     if trainer.is_global_zero:
         (folder / "config.yaml").write_text(method.config_yaml)
@@ -99,6 +104,7 @@ def fit(cfg: DictConfig, folder: Path) -> None:
         seconds = time.perf_counter() - started
         facts |= {"checkpoint": os.path.relpath(chosen, folder), "step": step, "seed": cfg.seed, "seconds": seconds}
         report.write(folder, scores, benchmarks, facts, loggers)
+    return float(callbacks["best"].best_model_score) if judged() else None
 
 
 def score(cfg: DictConfig, folder: Path) -> None:
@@ -115,17 +121,18 @@ def score(cfg: DictConfig, folder: Path) -> None:
     if cfg.data.prepare and cfg.data.prepare.root in str(provenance.asked(cfg)):  # a benchmark reads what it makes
         instantiate(cfg.data.prepare)()
     repair = load_repair(backbone, cfg.checkpoint) if cfg.checkpoint else {}
-    ranks = Fabric(**{key: cfg.trainer[key] for key in ("accelerator", "devices", "num_nodes") if key in cfg.trainer})
-    ranks.launch()
-    scores = {"score": evaluate(backbone.to(ranks.device), benchmarks)}
-    if ranks.is_global_zero:
+    fabric = Fabric(**{key: cfg.trainer[key] for key in ("accelerator", "devices", "num_nodes") if key in cfg.trainer})
+    refuse_in_sweep(fabric.strategy)
+    fabric.launch()
+    scores = {"score": evaluate(backbone.to(fabric.device), benchmarks)}
+    if fabric.is_global_zero:
         facts = provenance.facts(backbone, benchmarks)
         trained = OmegaConf.create(repair["config_yaml"]) if repair else None
         facts |= {"backbone": choice("backbone")} | provenance.repair(trained) | provenance.asked(cfg)
         facts |= {"weights": {"score": weights_hash(backbone.model)}, "precision": {"scores": "fp32"}}
         facts |= {"checkpoint": cfg.checkpoint, "seed": cfg.seed, "seconds": time.perf_counter() - started}
         report.write(folder, scores, benchmarks, facts)
-    ranks.barrier()  # who is done tidies the folder up, while it is empty
+    fabric.barrier()  # who is done tidies the folder up, while it is empty
 
 
 def compare(cfg: DictConfig, folder: Path) -> None:
@@ -190,8 +197,7 @@ def annotate(cfg: DictConfig, folder: Path) -> None:
     settle(cfg)
     if cfg.data.prepare:
         instantiate(cfg.data.prepare)()
-    settings: Any = OmegaConf.to_container(cfg.annotator, resolve=True)
-    work = plan(cfg.data.train, cfg.annotator.output, settings, cfg.data.allow_pipe)
+    work = plan(cfg.data.train, cfg.annotator.output, shareable(cfg.annotator), cfg.data.allow_pipe)
     if work.missing:
         # An annotator says in its own yaml how precisely it computes: the trainer's precision is that of training.
         alone: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
@@ -271,9 +277,12 @@ def settle(cfg: DictConfig) -> None:
 
     groups = [group for group in VERBS[cfg.run][1] if OmegaConf.is_dict(cfg[group])]
     check_arguments({group: resolved(cfg[group]) for group in groups}, groups)
+    if "trainer" in groups:
+        ranks.check(cfg.trainer.get("devices"), cfg.trainer.get("num_nodes", 1))
     for harmless in HARMLESS:
         warnings.filterwarnings("ignore", harmless)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
 
 
@@ -327,6 +336,42 @@ def selection(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     return {"selection": Selection(instantiate(cfg.eval.selection), metric), "best": best}
 
 
+def in_sweep() -> bool:
+    """Whether this is a job of a sweep (`-m`)."""
+    return not OmegaConf.is_missing(HydraConfig.get().job, "num")
+
+
+def judged() -> bool:
+    """Whether this is a job of a sweep that wants one number of it."""
+    return in_sweep() and "optuna" in HydraConfig.get().sweeper._target_
+
+
+def refuse_in_sweep(strategy: Any) -> None:
+    """Lightning starts other ranks by the command line of the first, which in a sweep is that of all jobs."""
+    environment: Any = getattr(strategy, "cluster_environment", None)
+    if in_sweep() and environment and not environment.creates_processes_externally:
+        raise ValueError(
+            "A job of a sweep is one process here: set trainer.devices=1. For several GPUs a job, let SLURM start its "
+            "ranks: hydra/launcher=submitit_slurm hydra.launcher.tasks_per_node=4 hydra.launcher.gpus_per_node=4."
+        )
+
+
+def side_by_side(sweep: Path) -> None:
+    """The results of a sweep as run=compare shows them, where more than one of its jobs has some."""
+    scored = [path for path in sweep.glob("*/results.json") if '"eval/' in path.read_text()]
+    found = [str(path) for path in sorted(scored, key=lambda path: int(path.parent.name))]
+    if len(found) < 2:
+        return
+    from clipfix.compare import compare
+
+    published: Any = OmegaConf.to_container(OmegaConf.load(CONF / "published.yaml"))
+    settings: Any = OmegaConf.to_container(OmegaConf.load(CONF / "config.yaml").compare)
+    try:
+        compare(sweep, 0, published, **settings | {"results": found})
+    except ValueError as error:
+        print(f"The jobs of this sweep do not compare: {error}")
+
+
 def choice(group: str) -> str:
     """What was chosen of a group of the config."""
     return HydraConfig.get().runtime.choices[group]
@@ -334,13 +379,11 @@ def choice(group: str) -> str:
 
 def config_and_choices(cfg: DictConfig) -> dict[str, Any]:
     """The resolved config, and under `choices` what was chosen of each group: a method's config has not its name."""
-    config: Any = OmegaConf.to_container(cfg, resolve=True)
     choices = HydraConfig.get().runtime.choices
-    return {"choices": {group: name for group, name in choices.items() if not group.startswith("hydra/")}} | config
+    chosen = {group: name for group, name in choices.items() if not group.startswith("hydra/")}
+    return {"choices": chosen} | shareable(cfg)
 
 
-def wandb_mode() -> str:
-    """W&B goes online where somebody is logged in, and asks nobody anything elsewhere; WANDB_MODE has the last word."""
-    import wandb
-
-    return os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
+def shareable(node: DictConfig) -> dict[str, Any]:
+    """Config as a run keeps and tells it: every value as it was meant, but for secrets."""
+    return without_secrets(OmegaConf.to_container(node, resolve=True))

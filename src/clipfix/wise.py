@@ -6,6 +6,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from clipfix.sharding import like
+
 
 class WiSE(L.Callback):
     """What is validated, selected, saved for others and scored is alpha * trained + (1 - alpha) * original.
@@ -39,7 +41,7 @@ class WiSE(L.Callback):
 
     def interpolated(self, name: str, trained: Tensor) -> Tensor:
         # lerp leaves a weight that did not move as it is, to the bit: the formula as written would round it.
-        return torch.lerp(self.original[name].to(trained), trained, self.alpha)
+        return torch.lerp(like(self.original[name], trained), trained, self.alpha)
 
     @torch.no_grad()
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -56,5 +58,6 @@ class WiSE(L.Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Lightning asks callbacks before the method, which merges adapters and keeps what trains."""
+        checkpoint["training"] = dict(checkpoint["state_dict"])
         for name in self.original:
             checkpoint["state_dict"][name] = self.interpolated(name, checkpoint["state_dict"][name])

@@ -5,7 +5,7 @@ import io
 import json
 import tarfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,22 @@ def add_sample(tar: tarfile.TarFile, key: str, members: Mapping[str, bytes]) -> 
         tar.addfile(member, io.BytesIO(content))
 
 
+@contextlib.contextmanager
+def whole(path: Path, swept: bool = False) -> Iterator[Path]:
+    """A name beside `path` to write to; the file takes its own when the block ends well, and is gone when it does not.
+
+    `swept`: others fill this folder with the same bytes and sweep up drafts when all is there, so it may be gone.
+    """
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        yield draft
+        with contextlib.suppress(FileNotFoundError) if swept else contextlib.nullcontext():
+            draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
 def put_json(path: Path, content: Any) -> None:
     """Writes a json file, whole or not at all."""
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    draft.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-    # Whoever else fills this folder writes the same, and sweeps up drafts once all is there.
-    with contextlib.suppress(FileNotFoundError):
-        draft.replace(path)
+    with whole(path, swept=True) as draft:
+        draft.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")

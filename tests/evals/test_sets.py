@@ -1,6 +1,7 @@
 """Every published benchmark, on its own layout in miniature and with planted answers."""
 
 import json
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -218,8 +219,13 @@ def test_a_broken_picture_and_another_layout_are_one_line(tmp_path):
     truth = layouts.urban1k(tmp_path) | layouts.docci(tmp_path)
     broken = tmp_path / "Urban1k" / "image" / "3.jpg"
     broken.write_bytes(broken.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"Urban1k/image/3\.jpg cannot be read"):
+    threads = set(threading.enumerate())
+    with pytest.raises(ValueError, match=r"Urban1k/image/3\.jpg cannot be read") as held:
         evaluate(planted(truth), benchmarks(tmp_path, "urban1k"))
+    assert held.tb  # though the error is still held, the progress bar is gone, which the next one would wait for
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(timeout=10)
+    assert set(threading.enumerate()) <= threads
     layouts.put(tmp_path / "DOCCI" / "docci_descriptions.jsonlines", '{"split": "test"}')
     with pytest.raises(ValueError, match=r"DOCCI cannot be read .*image_file.*fetch it again"):
         evaluate(planted(truth), benchmarks(tmp_path, "docci"))

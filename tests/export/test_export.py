@@ -8,7 +8,7 @@ import pytest
 import torch
 from kinds import equal
 from safetensors.torch import load_file
-from test_main import DATA, RUN, WORLD, clipfix, refusal, scenes  # noqa: F401
+from test_main import DATA, RUN, WORLD, refusal, scenes  # noqa: F401
 from transformers import CLIPModel
 
 from clipfix.backbone import Backbone, weights_hash
@@ -65,7 +65,7 @@ def test_what_was_scored_is_what_is_exported(settings, clipfix, scenes):  # noqa
     assert load_file("out/timm/open_clip_model.safetensors")["visual.proj"].dtype == torch.float16
 
 
-def test_scores_of_other_weights_are_not_told(clipfix, tmp_path):  # noqa: F811
+def test_scores_of_other_weights_are_not_told(clipfix, tmp_path):
     """A checkpoint beside a result file that is of another one, as last.ckpt beside best.ckpt's."""
     name = "model.visual.proj"
     weight = torch.rand_like(Backbone(str(TINY)).state_dict()[name])
@@ -82,14 +82,14 @@ def test_scores_of_other_weights_are_not_told(clipfix, tmp_path):  # noqa: F811
     assert torch.equal(model.visual.proj, weight)
 
 
-def test_a_model_as_it_is(clipfix):  # noqa: F811
+def test_a_model_as_it_is(clipfix):
     """No checkpoint: others' files (backbone.pretrained=longclip-L.pt) go on as any model does."""
     clipfix("run=export", "to=open_clip", "output=out", "licence=mit")
     assert weights_hash(Backbone("out/open_clip").model) == weights_hash(Backbone(str(TINY)).model)
     assert "license: mit" in Path("out/open_clip/README.md").read_text()
 
 
-def test_the_authors_long_clip_goes_on(clipfix, backbones):  # noqa: F811
+def test_the_authors_long_clip_goes_on(clipfix, backbones):
     """Their two position tables in, one table of 248 rows out."""
     known = backbones["248 tokens"]
     state, _ = known.as_open_clip()
@@ -103,7 +103,7 @@ def test_the_authors_long_clip_goes_on(clipfix, backbones):  # noqa: F811
     equal(theirs if torch.is_tensor(theirs) else theirs.pooler_output, known.encode_text(tokens))
 
 
-def test_the_authors_diva_goes_on(clipfix, backbones):  # noqa: F811
+def test_the_authors_diva_goes_on(clipfix, backbones):
     """What DIVA's training saves, of which the CLIP is one part: in, and out to those who use CLIP."""
     known = backbones["quick gelu"]
     state, _ = known.as_open_clip()
@@ -121,7 +121,7 @@ def test_the_authors_diva_goes_on(clipfix, backbones):  # noqa: F811
     assert "diva.pt" in Path("out/open_clip/README.md").read_text()
 
 
-def test_mistakes_are_told_before_any_work(clipfix, monkeypatch, tmp_path):  # noqa: F811
+def test_mistakes_are_told_before_any_work(clipfix, monkeypatch, tmp_path):
     def no_model(*_, **__):
         raise AssertionError("a model was built first")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_main import clipfix, refusal  # noqa: F401
+from test_main import refusal
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -65,7 +65,7 @@ def hub(monkeypatch):
     server.server_close()
 
 
-def test_what_was_written_is_what_arrives(hub, clipfix, monkeypatch):  # noqa: F811
+def test_what_was_written_is_what_arrives(hub, clipfix, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_good")
     clipfix("run=export", "to=timm", "output=out", "push_to=me/model")
     written = {path.name: path.read_bytes() for path in Path("out/timm").iterdir()}
@@ -75,7 +75,7 @@ def test_what_was_written_is_what_arrives(hub, clipfix, monkeypatch):  # noqa: F
     assert writing == {"Bearer hf_good"}
 
 
-def test_a_wrong_token_is_told_before_any_work(hub, clipfix, monkeypatch):  # noqa: F811
+def test_a_wrong_token_is_told_before_any_work(hub, clipfix, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_bad")
     assert "needs a login at the hub" in refusal(clipfix, "run=export", "to=timm", "output=out", "push_to=me/model")
     assert not Path("out").exists()

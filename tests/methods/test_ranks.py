@@ -1,24 +1,28 @@
-"""Two and four gloo ranks equal one on the joined batch, in fp64: loss and gradients, for every method in conf/method/.
+"""Two and four gloo ranks equal one on the joined batch, in fp64, by DDP and FSDP2, for every method in conf/method/.
 
-Two batches are accumulated, as with trainer.accumulate_grad_batches=2. Batches of training are never uneven: the stream
-of each rank has no end (tests/test_data.py).
+Loss, gradients and weights. Two batches are accumulated, as with trainer.accumulate_grad_batches=2. Batches of training
+are never uneven: the stream of each rank has no end (tests/test_stream.py). With a Trainer: test_fsdp.py.
 """
 
 from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from small import METHODS, batch, build
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from clipfix import diffusion
 from clipfix.methods.base import Method
 
-ROWS, BATCHES = 8, 2
-WORLDS = (1, 2, 4)
+ROWS, BATCHES, STEPS = 8, 2, 2
+WORLDS = ((2, "ddp"), (2, "fsdp"), (4, "ddp"))
+OPTIMIZER = {"name": "AdamW", "lr": 1e-2, "weight_decay": 0.1}
 CAPTIONS = {"projection_from": "captions", "projection_steps": 2, "patches": "none", "patch_amount": None}
 CASES: dict[str, tuple[str, int, dict]] = {  # the method, its optimizer step, and what its yaml does not say
     **{name: (name, 0, {}) for name in METHODS},
@@ -34,7 +38,7 @@ def build_case(case: str, clip_folder: str, generator_folder: str) -> Method:
         settings = settings | {
             "dcr": {"temperature": 0.1, "negatives": 2, "crop_area": [0.5, 0.8], "crop_ratio": [1.0, 1.0]}
         }
-    method = build(name, clip_folder, generator_folder, **settings)
+    method = build(name, clip_folder, generator_folder, optimizer=OPTIMIZER, **settings)
     if step:
         torch.nn.init.normal_(method.visual_proj.weight, generator=torch.Generator().manual_seed(0))
         method._trainer = SimpleNamespace(global_step=step)  # what Lightning's global_step reads
@@ -60,25 +64,46 @@ def rows(inputs: dict, start: int, stop: int) -> dict:
     return inputs | part | {"image": part["image"].double()}
 
 
-def gradients(method: Method) -> dict[str, torch.Tensor]:
-    return {name: p.grad for name, p in method.named_parameters() if p.requires_grad}
+def gradients(method: Method) -> dict[str, torch.Tensor | None]:
+    return {name: complete(p.grad) for name, p in method.named_parameters() if p.requires_grad}
 
 
-def accumulated(method: Method, rank: int, ranks: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss and gradients of two batches, of which this rank has its part; without find_unused_parameters."""
+def complete(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """A copy: clipping scales gradients in place."""
+    return tensor.full_tensor().clone() if isinstance(tensor, DTensor) else tensor if tensor is None else tensor.clone()
+
+
+def accumulated(method: Method, rank: int, ranks: int, sharded: bool) -> dict[str, Any]:
+    """Loss and gradients of two batches, of which this rank has its part; without find_unused_parameters.
+
+    And how far the weights move in two such steps, with clipped gradients and weight decay.
+    """
+    if sharded:
+        method._device_mesh = init_device_mesh("cpu", (ranks, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
+        method.configure_model()
     step = Step(method)
-    wrapped = DistributedDataParallel(step) if ranks > 1 else step
-    part, losses = ROWS // ranks, []
-    for number in range(BATCHES):
-        last = number == BATCHES - 1
-        with nullcontext() if last or ranks == 1 else wrapped.no_sync():
+    wrapped = DistributedDataParallel(step) if ranks > 1 and not sharded else step
+    optimizer = method.configure_optimizers()["optimizer"]
+    before = {name: complete(p.detach()) for name, p in method.named_parameters() if p.requires_grad}
+    part, losses, first = ROWS // ranks, [], {}
+    for number in range(STEPS * BATCHES):
+        last = number % BATCHES == BATCHES - 1
+        with nullcontext() if last or wrapped is step else wrapped.no_sync():
             loss = wrapped(rows(batch(ROWS, seed=number), rank * part, (rank + 1) * part), number)
             loss.backward()
         losses.append(loss.detach())
+        if last:
+            first = first or gradients(method)
+            method.on_before_optimizer_step(optimizer)
+            torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+            method.on_train_batch_end()
     total = torch.stack(losses).sum() / ranks
     if ranks > 1:
         dist.all_reduce(total)
-    return total, gradients(method)
+    after = {name: complete(p.detach()) for name, p in method.named_parameters() if p.requires_grad}
+    return {"loss": total, "gradients": first, "moved": {name: after[name] - before[name] for name in before}}
 
 
 def worker(rank: int, clip_folder: str, generator_folder: str, folder: str) -> None:
@@ -86,41 +111,47 @@ def worker(rank: int, clip_folder: str, generator_folder: str, folder: str) -> N
     torch.Tensor.float = torch.Tensor.double
     diffusion.DTYPES["fp32"] = torch.float64
     torch.set_num_threads(1)
-    for ranks in WORLDS:
+    for ranks in (1, *sorted({ranks for ranks, _ in WORLDS})):
         if rank >= ranks:
             continue
         if ranks > 1:
             store = f"file://{folder}/store{ranks}"
             dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
-        for name in CASES:
-            loss, found = accumulated(build_case(name, clip_folder, generator_folder), rank, ranks)
-            if rank == 0:
-                torch.save({"loss": loss, "gradients": found}, f"{folder}/{name}-{ranks}.pt")
+        for kind in ("one",) if ranks == 1 else [kind for number, kind in WORLDS if number == ranks]:
+            for name in CASES:
+                method = build_case(name, clip_folder, generator_folder)
+                found = accumulated(method, rank, ranks, sharded=kind == "fsdp")
+                if rank == 0:
+                    torch.save(found, f"{folder}/{name}-{ranks}-{kind}.pt")
         if ranks > 1:
             dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def together(clip_folder, generator_folder, tmp_path_factory):
-    """(case, ranks) -> loss and gradients; four processes do them all."""
+    """(case, ranks, kind) -> loss, gradients and movements; four processes do them all, forked to import nothing."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, (clip_folder, generator_folder, str(folder)), nprocs=max(WORLDS))
-    return lambda name, ranks: torch.load(folder / f"{name}-{ranks}.pt", weights_only=True)
+    arguments = (clip_folder, generator_folder, str(folder))
+    mp.start_processes(worker, arguments, nprocs=4, start_method="fork")
+    return lambda name, ranks, kind: torch.load(folder / f"{name}-{ranks}-{kind}.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("ranks", WORLDS[1:])
+@pytest.mark.parametrize(("ranks", "kind"), WORLDS)
 @pytest.mark.parametrize("name", CASES)
-def test_ranks_equal_one(name, ranks, together):
-    alone, shared = together(name, 1), together(name, ranks)
+def test_ranks_equal_one(name, ranks, kind, together):
+    alone, shared = together(name, 1, "one"), together(name, ranks, kind)
     assert alone["loss"].dtype == torch.float64
     torch.testing.assert_close(shared["loss"], alone["loss"], rtol=1e-6, atol=0)
-    assert shared["gradients"].keys() == alone["gradients"].keys()
-    for key, gradient in alone["gradients"].items():
-        if gradient is None:
-            assert shared["gradients"][key] is None, key
-            continue
-        assert gradient.dtype == torch.float64
-        # Sums of the same numbers in another order: each entry is as exact as the largest of its tensor.
-        atol = 1e-6 * float(gradient.abs().max()) + 1e-15
-        found = shared["gradients"][key]
-        torch.testing.assert_close(found, gradient, rtol=0, atol=atol, msg=lambda m, key=key: f"{key}: {m}")
+    for what in ("gradients", "moved"):
+        assert shared[what].keys() == alone[what].keys()
+        for key, expected in alone[what].items():
+            found = shared[what][key]
+            if expected is None or found is None:  # DDP hands in zeros for what rests, FSDP2 nothing
+                assert all(value is None or (kind == "fsdp" and not value.any()) for value in (expected, found)), key
+                continue
+            assert expected.dtype == torch.float64
+            # Sums of the same numbers in another order: each entry is as exact as the largest of its tensor. Where that
+            # is nothing but rounding, Adam still moves a weight by some share of the rate.
+            atol = 1e-6 * (float(expected.abs().max()) + 1e-9 if what == "gradients" else OPTIMIZER["lr"])
+            name = f"{what} of {key}"
+            torch.testing.assert_close(found, expected, rtol=0, atol=atol, msg=lambda m, name=name: f"{name}: {m}")

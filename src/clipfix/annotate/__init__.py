@@ -27,7 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from clipfix.annotate.work import COUNTED, Draft, Raw, Work, plan
-from clipfix.data import decode
+from clipfix.decoding import decode
 from clipfix.shards import read_shard
 
 __all__ = ["Annotator", "Raw", "Sample", "annotate", "plan", "summarize"]

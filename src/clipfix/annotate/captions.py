@@ -63,10 +63,11 @@ class Captions(Annotator):
             self.processor = AutoProcessor.from_pretrained(model, **options)
             self.model: Any = AutoModelForImageTextToText.from_pretrained(model, dtype=self.floats, **options)
         except (OSError, ValueError) as error:
-            raise ValueError(
-                f"annotator.model={model} cannot be loaded ({str(error).strip().splitlines()[0]}): name an "
-                "image-to-text model of the hub, or a folder that holds one and its processor"
-            ) from error
+            way_out = "name an image-to-text model of the hub, or a folder that holds one and its processor"
+            if "custom code" in str(error):
+                way_out = "read that code, and set annotator.trust_remote_code=true if you trust it"
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"annotator.model={model} cannot be loaded ({reason}): {way_out}") from error
         self.model.requires_grad_(False)
         self.model.generation_config.max_length = None  # beside max_new_tokens it would be warned of in every batch
         self.prepare = partial(read, self.processor, self.model.config.model_type, asked(self.processor, prompt, model))

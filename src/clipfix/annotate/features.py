@@ -9,7 +9,7 @@ import torch
 
 from clipfix.annotate import Annotator, Raw, Sample
 from clipfix.backbone import Backbone
-from clipfix.data import square, strings
+from clipfix.decoding import square, strings
 from clipfix.evals.embed import embed_images
 from clipfix.evals.features import scoring
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clipfix.annotate import Annotator, Raw, Sample
 from clipfix.backbone import Backbone
-from clipfix.data import fingerprint, square
+from clipfix.decoding import fingerprint, square
 from clipfix.diffusion import Diffusion
 
 MEMBER = "latent.npz"

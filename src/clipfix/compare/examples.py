@@ -90,7 +90,7 @@ def most_moved(groups: Sequence[Group]) -> tuple[str, np.ndarray, np.ndarray, li
 
 def fetch(asked: Mapping[str, Any], keys: set[str]) -> dict[str, dict[str, Any]]:
     """Picture and captions by key; the first sample of a key counts."""
-    from clipfix.data import Text, samples
+    from clipfix.decoding import Text, samples
     from clipfix.evals.embed import decoded
 
     text, shards = Text(**asked["text"]), asked["shards"]

@@ -61,8 +61,7 @@ def befores(groups: Sequence[Group], names: Sequence[str]) -> list[tuple[str, np
 
 
 def label(group: Group) -> str:
-    amount = len(group.results)
-    return f"{group.name} ({amount} seed{'s' * (amount > 1)})"
+    return f"{group.name} ({group.amount})"
 
 
 def radar(groups: Sequence[Group]) -> Figure | None:

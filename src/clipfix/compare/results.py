@@ -64,6 +64,11 @@ class Group:
     def seeds(self) -> list[Any]:
         return [result.seed for result in self.results]
 
+    @property
+    def amount(self) -> str:
+        """How many runs, as people read it."""
+        return f"{len(self.results)} seed" + "s" * (len(self.results) > 1)
+
     def fact(self, key: str) -> Any:
         """Of the run's identity: the same for all of its seeds."""
         return self.results[0].facts.get(key)

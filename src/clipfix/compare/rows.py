@@ -12,6 +12,7 @@ from clipfix.compare.bootstrap import changes, interval, over_seeds
 from clipfix.compare.results import Group
 
 Interval = tuple[float, float]
+TITLE = "Scores in percent, changes in points"
 FEW = 4  # metrics that stand for a benchmark without a mean; more, like a curve over lengths, are drawn
 
 
@@ -60,6 +61,11 @@ class Row:
     @property
     def label(self) -> str:
         return named(self.metric)
+
+    @property
+    def elsewhere(self) -> str:
+        """Published numbers with their sources, in one line."""
+        return "; ".join(f"{one.by} {one.numbers} ({one.source})" for one in self.published)
 
 
 def named(metric: str) -> str:
@@ -210,7 +216,7 @@ def sections(found: Sequence[Row]) -> dict[str, list[Row]]:
 def table(groups: Sequence[Group], found: Sequence[Row], coverage: float) -> Table:
     """As the terminal shows it: benchmarks as sections, metrics as rows."""
     changed = found[0].cells and any(one and one.signed for row in found for one in row.cells)
-    shown = Table(title="Scores in percent, changes in points", title_justify="left")
+    shown = Table(title=TITLE, title_justify="left")
     shown.add_column("benchmark")
     shown.add_column("metric")
     what = "change" if changed else "score"
@@ -218,8 +224,7 @@ def table(groups: Sequence[Group], found: Sequence[Row], coverage: float) -> Tab
     for i, group in enumerate(groups):
         if changed and not (together and i):
             shown.add_column("before" if together else f"{group.name}, before", justify="right")
-        amount = f"{len(group.results)} seeds" if len(group.results) > 1 else "1 seed"
-        shown.add_column(f"{group.name}, {amount}: {what} ± sd", justify="right")
+        shown.add_column(f"{group.name}, {group.amount}: {what} ± sd", justify="right")
         shown.add_column(f"{coverage:.0%} interval", justify="right", no_wrap=True)
     if len(groups) == 2:
         shown.add_column("difference, second - first", justify="right")
@@ -239,7 +244,7 @@ def table(groups: Sequence[Group], found: Sequence[Row], coverage: float) -> Tab
         if len(groups) == 2:
             texts += ["", ""] if row.difference is None else [str(row.difference), row.difference.bounds]
         if published:
-            texts.append("; ".join(f"{one.by} {one.numbers} ({one.source})" for one in row.published))
+            texts.append(row.elsewhere)
         shown.add_row("" if row.benchmark == last else row.benchmark, row.label, *texts)
         last = row.benchmark
     return shown
@@ -248,7 +253,7 @@ def table(groups: Sequence[Group], found: Sequence[Row], coverage: float) -> Tab
 def by_group(groups: Sequence[Group], found: Sequence[Row], coverage: float) -> Table:
     """The same for more groups than have room side by side: each metric a section, each group a row."""
     changed = any(one and one.signed for row in found for one in row.cells)
-    shown = Table(title="Scores in percent, changes in points", title_justify="left")
+    shown = Table(title=TITLE, title_justify="left")
     shown.add_column("benchmark")
     shown.add_column("runs")
     if changed:
@@ -260,13 +265,12 @@ def by_group(groups: Sequence[Group], found: Sequence[Row], coverage: float) -> 
         shown.add_column("published")
     for row in found:
         title = row.benchmark if row.metric == "mean" else f"{row.benchmark}, {row.label}"
-        said = "; ".join(f"{one.by} {one.numbers} ({one.source})" for one in row.published)
+        said = row.elsewhere
         for group, one in zip(groups, row.cells, strict=True):
             if one is None:
                 continue
-            amount = f"{len(group.results)} seeds" if len(group.results) > 1 else "1 seed"
             before = "" if one.before is None else number(one.before, signed=False)
-            cells = [title, f"{group.name}, {amount}", *([before] if changed else []), str(one), one.bounds]
+            cells = [title, f"{group.name}, {group.amount}", *([before] if changed else []), str(one), one.bounds]
             shown.add_row(*cells, *([said] if published else []))
             title = said = ""
         shown.add_section()

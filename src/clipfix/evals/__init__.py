@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
-from rich.progress import track
+from rich.progress import Progress
 
 from clipfix.backbone import Backbone
 from clipfix.evals.features import Features, TextCache, rank_of, scoring
@@ -49,9 +49,11 @@ def evaluate(
     `texts` holds the features of texts from one call to the next, for a text tower that did not change in between.
     """
     silent = rank_of()[0] > 0
-    with scoring(backbone, texts) as features:
-        return {
-            f"eval/{name}/{metric}": value
-            for name, benchmark in track(benchmarks.items(), "Scoring", len(benchmarks), transient=True, disable=silent)
-            for metric, value in benchmark.score(features).items()
-        }
+    scores: dict[str, float] = {}
+    # Not rich's `track`: an error would leave its thread behind, for which the next bar may wait for ever.
+    with scoring(backbone, texts) as features, Progress(transient=True, disable=silent) as bar:
+        task = bar.add_task("Scoring", total=len(benchmarks))
+        for name, benchmark in benchmarks.items():
+            scores |= {f"eval/{name}/{metric}": value for metric, value in benchmark.score(features).items()}
+            bar.advance(task)
+    return scores

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clipfix.backbone import Backbone
-from clipfix.data import samples
+from clipfix.decoding import samples
 from clipfix.functional.patches import take_patches
 from clipfix.sets import Source
 

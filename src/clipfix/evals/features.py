@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from clipfix.backbone import Backbone, weights_hash
-from clipfix.data import readable, square, undecoded
+from clipfix.decoding import readable, square, undecoded
 from clipfix.evals.embed import BATCH, Local, Sample, Shards, decoded, embed_images, embed_locally, embed_texts
 from clipfix.sets import Source
 
@@ -101,8 +101,9 @@ class Features:
         new = [text for text in dict.fromkeys(texts) if (self._tower, cut, text) not in self._texts]
         # Short texts first: a batch is as long as its longest text.
         new.sort(key=len)
-        rows = chain.from_iterable(shared_out(new, lambda batch: embed_texts(self.backbone, batch, cut).cpu()))
-        self._texts |= {(self._tower, cut, text): row for text, row in zip(new, rows, strict=True)}
+        if new:  # ranks meet to share the work: none is needed where all know all
+            rows = chain.from_iterable(shared_out(new, lambda batch: embed_texts(self.backbone, batch, cut).cpu()))
+            self._texts |= {(self._tower, cut, text): row for text, row in zip(new, rows, strict=True)}
         return torch.stack([self._texts[self._tower, cut, text] for text in texts]).to(self._device)
 
     @property

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from clipfix.colours import AFTER, BEFORE
-from clipfix.data import Text
+from clipfix.decoding import Text
 from clipfix.evals import Benchmark
 from clipfix.evals.features import Features
 from clipfix.evals.retrieval import both_ways

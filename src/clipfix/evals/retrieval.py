@@ -12,7 +12,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from clipfix.data import Text
+from clipfix.decoding import Text
 from clipfix.evals import Benchmark
 from clipfix.evals.embed import Shards, pictures
 from clipfix.evals.features import Features

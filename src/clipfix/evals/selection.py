@@ -7,6 +7,7 @@ import lightning as L
 from clipfix.backbone import Backbone
 from clipfix.evals import Benchmark
 from clipfix.evals.features import scoring
+from clipfix.sharding import unsharded
 
 
 class Selection(L.Callback):
@@ -22,7 +23,8 @@ class Selection(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Where the curves begin; a metric that nobody scores is refused here, not after the first validation."""
         if trainer.global_step == 0:
-            scores = self.score(pl_module)
+            with unsharded(pl_module):
+                scores = self.score(pl_module)
             for logger in trainer.loggers:
                 logger.log_metrics(scores, step=0)
 

@@ -58,8 +58,10 @@ def export(
     push_to: str | None,
     about: Mapping[str, Any],
 ) -> list[Path]:
-    """Each target as `output/<target>`, in whole folders; the names of those. `about` goes into the model card."""
-    check(to, output, dtype, overwrite, push_to)
+    """Each target as `output/<target>`, in whole folders; the names of those. `about` goes into the model card.
+
+    Of settings that `check` has passed.
+    """
     planned = {target: TARGETS[target](backbone) for target in to}
     for target, files in planned.items():
         described = card.files(backbone, target, {**about, "dtype": dtype})

@@ -1,46 +1,21 @@
 """Tokenizers as files of transformers that give the ids that this model was trained and scored on."""
 
-import gzip
 import html
 import json
 import string
 from collections.abc import Sequence
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from ftfy import chardata
 from tokenizers import Regex, normalizers
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTokenizer
 
 from clipfix.export.folder import Files
+from clipfix.tokenizer import byte_pairs, clip_tokenizer
 
 # What captions hold of html; open_clip unescapes all 2,231 names, of which these occur.
 ENTITIES = ("lt", "gt", "quot", "apos", "#39", "nbsp")
-
-
-@cache
-def byte_pairs() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """CLIP's vocabulary and merges as transformers spells them, from the merges file that open_clip ships.
-
-    The order is that of OpenAI's release: 256 byte symbols, the same as word ends, one word piece a merge, two marks.
-    """
-    packed = files("open_clip") / "bpe_simple_vocab_16e6.txt.gz"
-    lines = gzip.decompress(packed.read_bytes()).decode().split("\n")
-    merges = [(first, second) for first, second in (line.split() for line in lines[1 : 49152 - 256 - 2 + 1])]
-    symbols = sorted(ByteLevel.alphabet())
-    pieces = symbols + [s + "</w>" for s in symbols] + ["".join(merge) for merge in merges]
-    vocab = {piece: index for index, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
-    return vocab, merges
-
-
-def clip_tokenizer(context_length: int, pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
-    vocab, merges = byte_pairs()
-    pairs: Any = merges  # its signature knows no pairs, its docstring and code do
-    return CLIPTokenizer(vocab=vocab, merges=pairs, model_max_length=context_length, pad_token=pad_token)
 
 
 def clip_files(context_length: int, pad_token: str = "<|endoftext|>", cleaned: bool = True) -> Files:

@@ -14,10 +14,12 @@ import torch.distributed as dist
 from jaxtyping import Float
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.optim.lr_scheduler import LambdaLR
 
 from clipfix.backbone import Backbone
 from clipfix.functional.contrastive import contrastive_loss
+from clipfix.sharding import local, reshard, rows_here, shard, unshard
 from clipfix.trained import merged
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP (arXiv 2103.00020), section 2.5: the temperature is kept from growing further.
@@ -73,7 +75,7 @@ class Method(L.LightningModule, ABC):
         self.batches_seen = 0
         self.config_yaml = ""
         self.notes: dict[str, float] = {}
-        self.frozen_rows: list[tuple[nn.Parameter, Tensor]] = []
+        self.frozen_rows: dict[str, Tensor] = {}
 
     @abstractmethod
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -111,11 +113,19 @@ class Method(L.LightningModule, ABC):
             self.log(
                 f"{stage}/{name}",
                 value.detach(),
-                batch_size=len(batch["image"]),
+                batch_size=self.share(batch),
                 sync_dist=True,
                 prog_bar=name == "loss",
             )
         return total
+
+    def share(self, batch: dict[str, Any]) -> int:
+        """How much a batch counts in a mean over batches and ranks: as its images.
+
+        Lightning divides the sum of this over ranks by their number and drops the remainder: with 8.25 images a rank,
+        as last batches are uneven, a mean was 3 % too large. So an image counts as many times as there are ranks.
+        """
+        return len(batch["image"]) * (dist.get_world_size() if dist.is_initialized() else 1)
 
     def note(self, name: str, value: float) -> None:
         """A fact about this step beside its losses, for the logger."""
@@ -125,6 +135,22 @@ class Method(L.LightningModule, ABC):
         if self.backbone.logit_scale.requires_grad:  # frozen, it stays as published, even a rounding above the limit
             with torch.no_grad():
                 self.backbone.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+
+    # -- sharded weights (trainer=fsdp): gathered as `loss` runs, and held whole by every rank in validation, where one
+    # -- may have more batches than another
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            shard(self, self.device_mesh["data_parallel"])
+            register_fsdp_forward_method(self, "loss")
+            for name in self.frozen_rows:  # their tables are other parameters now
+                self.get_parameter(name).register_post_accumulate_grad_hook(partial(self.clear_rows, name))
+
+    def on_validation_epoch_start(self) -> None:
+        unshard(self)
+
+    def on_validation_epoch_end(self) -> None:
+        reshard(self)
 
     # -- randomness: the draws of step n depend on (seed, n) alone, so a resumed run repeats an uninterrupted one ------
 
@@ -169,17 +195,21 @@ class Method(L.LightningModule, ABC):
 
     def freeze_rows(self, table: nn.Parameter, rows: int) -> None:
         """The first rows of a trained table stay as they are, bit for bit, whatever the optimizer."""
+        name = next(name for name, weight in self.named_parameters() if weight is table)
+        self.frozen_rows[name] = table.detach()[:rows].clone()
+        table.register_post_accumulate_grad_hook(partial(self.clear_rows, name))
 
-        def without(gradient: Tensor) -> Tensor:
-            return gradient.index_fill(0, torch.arange(rows, device=gradient.device), 0)
-
-        table.register_hook(without)
-        self.frozen_rows.append((table, table.detach()[:rows].clone()))
+    def clear_rows(self, name: str, table: Tensor) -> None:
+        """No gradient for those of the frozen rows that this rank holds, its first ones."""
+        assert table.grad is not None
+        local(table.grad)[: len(self.frozen_rows[name][rows_here(table)])] = 0
 
     @torch.no_grad()
     def restore_rows(self, *_: Any) -> None:
-        for table, rows in self.frozen_rows:
-            table[: len(rows)] = rows.to(table.device)
+        for name, rows in self.frozen_rows.items():
+            table = self.get_parameter(name)
+            here = rows[rows_here(table)]
+            local(table)[: len(here)] = here.to(table.device)
 
     def stages(self) -> list[Stage]:
         """What trains when: all that asks for a gradient, from the first step to the last."""
@@ -216,20 +246,24 @@ class Method(L.LightningModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """`state_dict` is what others load, a plain CLIP's weights; `training` what resuming needs, those that train.
 
-        They differ with WiSE, which interpolates `state_dict`, and LoRA, merged in it; equal ones are stored once.
+        They differ with WiSE, which interpolates `state_dict` and puts the others aside, and LoRA, merged in it; equal
+        ones are stored once.
         """
         trained = self.trained_names()
-        weights = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
-        checkpoint["state_dict"] = merged(self, weights)
-        checkpoint["training"] = {k: v for k, v in self.state_dict().items() if k in trained}
+        weights, training = (
+            {name: weight for name, weight in state.items() if name in trained}
+            for state in (checkpoint["state_dict"], checkpoint.get("training", checkpoint["state_dict"]))
+        )
+        checkpoint["state_dict"], checkpoint["training"] = merged(self, weights), training
         checkpoint["batches_seen"] = self.batches_seen
         checkpoint["config_yaml"] = self.config_yaml
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = checkpoint.get("training", checkpoint["state_dict"])  # of older files, the only one
         own, stored = self.state_dict(), checkpoint["state_dict"]
-        wrong = self.trained_names() ^ stored.keys()
-        if wrong := wrong or {name for name, weight in stored.items() if weight.shape != own[name].shape}:
+        shapes = {name: weight.shape for name, weight in stored.items()}
+        trained = {name: own[name].shape for name in self.trained_names()}
+        if wrong := {name for name, _ in shapes.items() ^ trained.items()}:
             raise ValueError(
                 f"The checkpoint trains other weights than this config does ({len(wrong)} differ, e.g. {min(wrong)}). "
                 "Use the method and backbone of the run that wrote it; its config is stored in it as config_yaml."

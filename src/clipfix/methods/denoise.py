@@ -88,7 +88,7 @@ class Denoise(Method):
             timesteps = torch.full((len(latents),), timestep, device=self.device)
             for name, condition in conditions.items():
                 error = self.error(latents, noise, timesteps, condition)
-                self.log(f"val/t{timestep}_{name}", error, batch_size=len(latents), sync_dist=True)
+                self.log(f"val/t{timestep}_{name}", error, batch_size=self.share(batch), sync_dist=True)
 
     def error(
         self,
@@ -108,7 +108,8 @@ class Denoise(Method):
         callback = self.trainer.checkpoint_callback
         assert isinstance(callback, ModelCheckpoint)
         if self.trainer.is_global_zero:
-            self.diffusion.save_pretrained(f"{callback.dirpath}/diffusion", torch.float16)
+            trained = {name.removeprefix("diffusion."): weight for name, weight in checkpoint["state_dict"].items()}
+            self.diffusion.save_pretrained(f"{callback.dirpath}/diffusion", torch.float16, trained)
 
 
 def joined_texts(batch: dict[str, Any]) -> list[str]:

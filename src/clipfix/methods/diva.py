@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from clipfix.backbone import Backbone
 from clipfix.diffusion import Diffusion
@@ -167,8 +168,10 @@ class DIVA(Method):
         if self.projection_from == "captions" and self.global_step < self.projection_steps:
             condition = self.condition_of_captions(batch)
             denoising = self.feedback(batch["image"], condition, None, batch.get("latents"), shuffled=False)
-            # DDP waits for a gradient of every weight, so the resting tower hands in zeros.
-            idle = torch.stack([weight.sum() for weight in self.backbone.parameters() if weight.requires_grad]).sum()
+            # DDP waits for a gradient of every weight, so the resting tower hands in zeros. FSDP2 waits for none, and
+            # has split what no forward gathers.
+            trained = [weight for weight in self.backbone.parameters() if weight.requires_grad]
+            idle = sum(weight.sum() for weight in trained if not isinstance(weight, DTensor))
             return {"denoising": denoising + 0 * idle}
         pooled, patches = self.backbone.visual_tokens(batch["image"])
         image = F.normalize(pooled.float(), dim=-1)

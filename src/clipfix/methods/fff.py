@@ -16,6 +16,7 @@ from clipfix.functional.contrastive import many_positives_loss
 from clipfix.functional.positives import Frozen, Positives, Thresholds, itself, mine, thresholds_for
 from clipfix.functional.sigmoid import best_bias, sigmoid_loss
 from clipfix.methods.base import Method, by_sample, check_choice
+from clipfix.sharding import shared, unsharded
 
 SAMPLED = 2048  # samples of the first batch from which counts become cosines
 REASONS = ("image_text", "image_image", "text_text")  # conditions that promote a pair, as `Positives` names them
@@ -132,9 +133,10 @@ class FFF(Method):
             self.bars.copy_(torch.tensor(bars))
             known = known._replace(bars=bars)
         if self.objective == "sigmoid" and self.start_bias is None:
-            image, text = self.gather(self.images(self.backbone, batch)), self.gather(self.texts(batch))
+            with unsharded(self):
+                image, text = self.gather(self.images(self.backbone, batch)), self.gather(self.texts(batch))
             scale = self.backbone.logit_scale.exp()
-            self.bias.copy_(best_bias(image, text, scale, partial(self.positives, known, known, 0), self.tile))
+            shared(self.bias).copy_(best_bias(image, text, scale, partial(self.positives, known, known, 0), self.tile))
 
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         image, text, scale = self.images(self.backbone, batch), self.texts(batch), self.backbone.logit_scale.exp()
@@ -144,7 +146,7 @@ class FFF(Method):
         all_text = self.gather(text)
         if self.objective == "sigmoid":
             positives = partial(self.positives, own, known, first, counts=counts)
-            total = sigmoid_loss(image, all_text, scale, self.bias, positives, self.tile)
+            total = sigmoid_loss(image, all_text, scale, shared(self.bias), positives, self.tile)
             term = total / (rows if self.mean_over == "images" else rows * all_text[..., 0].numel())
         else:
             for_image = self.positives(own, known, first, slice(None), counts).flatten(1)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import track
+from rich.progress import Progress
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 from torchmetrics.functional.classification import binary_precision, binary_recall
@@ -72,10 +72,14 @@ def collect(method: FFF, data: ShardData, samples: int) -> tuple[Frozen, Tensor 
     """
     looks = []
     batches = math.ceil(samples / data.batch_size)
-    for batch in track(islice(data.train_dataloader(), batches), "The reference looks at samples", total=batches):
-        if batch["position"][1] > 0:
-            break
-        looks.append(method.look(method.transfer_batch_to_device(batch, method.device, 0), joined=False))
+    with Progress() as bar:
+        task = bar.add_task("The reference looks at samples", total=batches)
+        for batch in islice(data.train_dataloader(), batches):
+            if batch["position"][1] > 0:
+                break
+            batch = data.on_after_batch_transfer(method.transfer_batch_to_device(batch, method.device, 0), 0)
+            looks.append(method.look(batch, joined=False))
+            bar.advance(task)
     if not looks:
         raise ValueError(
             f"data.train has fewer samples than a batch for each worker: lower data.batch_size ({data.batch_size}) "

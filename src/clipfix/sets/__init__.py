@@ -88,6 +88,17 @@ class Labelled(Source):
         """The prompts of this data set; `{c}` is the class. Source: clip_benchmark, for all of them."""
 
 
+@dataclass(frozen=True)
+class Annotated(Source):
+    """A folder of pictures, and one file of what is said of them."""
+
+    pictures: str
+    annotations: str
+
+    def needs(self) -> Sequence[Path]:
+        return [self.folder / self.pictures, self.folder / self.annotations]
+
+
 def present(benchmarks: Mapping[str, T], sources: Mapping[str, Source]) -> dict[str, T]:
     """The benchmarks whose data is there, by the sources of those that read a published set.
 

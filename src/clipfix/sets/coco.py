@@ -2,25 +2,18 @@
 
 import contextlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from clipfix.sets import Source, caption_sample
+from clipfix.sets import Annotated, caption_sample
 
 
 @dataclass(frozen=True)
-class COCO(Source):
+class COCO(Annotated):
     """A folder of pictures and an annotation file in COCO's format; all captions of a picture, five to seven."""
 
     packages = ("pycocotools",)
-
-    pictures: str
-    annotations: str
-
-    def needs(self) -> Sequence[Path]:
-        return [self.folder / self.pictures, self.folder / self.annotations]
 
     def read(self) -> Iterator[dict[str, Any]]:
         from torchvision.datasets import CocoCaptions

@@ -1,27 +1,20 @@
 """Flickr30k: Karpathy's test split of 1000 pictures, and all 31,783, which score some 30 points lower."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from clipfix.sets import Source, caption_sample
+from clipfix.sets import Annotated, caption_sample
 
 
 @dataclass(frozen=True)
-class Flickr30k(Source):
+class Flickr30k(Annotated):
     """A folder of pictures, and their captions as one of two files has them.
 
     `.token` is that of the authors, which holds everything; another name is read as clip_benchmark's csv of a split.
     """
 
     packages = ("clip_benchmark",)
-
-    pictures: str
-    annotations: str
-
-    def needs(self) -> Sequence[Path]:
-        return [self.folder / self.pictures, self.folder / self.annotations]
 
     def read(self) -> Iterator[dict[str, Any]]:
         pictures, annotations = (str(path) for path in self.needs())

@@ -1,0 +1,106 @@
+"""Where this process stands among those that torchrun or srun started, and what all of them must agree on."""
+
+import fcntl
+import multiprocessing
+import os
+from datetime import timedelta
+from functools import cache
+from itertools import count
+from pathlib import Path
+from typing import IO, Any
+
+PATIENCE = timedelta(minutes=5)  # for ranks that start later; ours
+
+
+def environment() -> Any:
+    """Lightning's view of torchrun or SLURM, in its own order; None of a process that starts all others itself."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ and "SLURM_NTASKS" not in os.environ:
+        return None  # the usual case waits for no import
+    from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+
+    try:
+        return next((kind() for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()), None)
+    except RuntimeError as error:  # what Lightning says of settings of srun that it cannot work with
+        raise ValueError(str(error)) from None
+
+
+def nodes() -> int:
+    """Machines of this run, as torchrun or srun was told."""
+    if (found := environment()) is None:
+        return 1
+    here = os.environ.get("LOCAL_WORLD_SIZE")  # torchrun's
+    return found.world_size() // int(here) if here else int(os.environ.get("SLURM_NNODES", 1))
+
+
+def devices() -> int | str:
+    """Devices of this machine: one a process that was started on it, else all of them."""
+    return "auto" if (found := environment()) is None else found.world_size() // nodes()
+
+
+def check(devices: Any, num_nodes: int) -> None:
+    """Raises where the Trainer counts other ranks than there are, or waits for machines that nobody starts."""
+    found = environment()
+    if found is None:
+        if num_nodes > 1 and "NODE_RANK" not in os.environ:  # Lightning's way of starting each machine by hand
+            raise ValueError(
+                f"trainer.num_nodes={num_nodes}, but nobody starts the other machines: start all by torchrun or srun, "
+                "which know how many there are (docs/launch.md)."
+            )
+    elif isinstance(devices, int) and devices * num_nodes != found.world_size():
+        raise ValueError(
+            f"trainer.devices={devices} on trainer.num_nodes={num_nodes} are not the {found.world_size()} ranks that "
+            "torchrun or srun started: leave both out and set trainer=ddp, which counts them."
+        )
+
+
+def agreed(text: str) -> str:
+    """Rank 0's text on every rank: each composes its own config, and two clocks may name two run folders."""
+    found = environment()
+    if found is None or found.world_size() == 1:
+        return text
+    place, rank = f"{found.main_address}:{found.main_port}", found.global_rank()
+    try:
+        met = meeting(place, rank, found.world_size())
+        if rank == 0:
+            met.set("clipfix/agreed", text)
+        return met.get("clipfix/agreed").decode()
+    except RuntimeError as error:  # torch.distributed has its own kinds
+        raise ValueError(
+            f"Rank {rank} of {found.world_size()} did not meet the others at {place} within {PATIENCE}: start all of "
+            f"them, and let every host reach that port ({str(error).splitlines()[0]})."
+        ) from error
+
+
+@cache
+def meeting(place: str, rank: int, ranks: int) -> Any:
+    """The store through which torch.distributed will meet. Kept: on rank 0 it may serve the others."""
+    from torch.distributed import rendezvous
+
+    return next(rendezvous(f"tcp://{place}", rank, ranks, timeout=PATIENCE))[0]
+
+
+def settle_worker(folder: str) -> None:
+    """Makes a worker of joblib like any process, and gives it one GPU: that which fewest of this sweep have."""
+    multiprocessing.set_start_method(None, force=True)  # joblib's own is unknown to the processes that a job starts
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        import torch
+
+        visible = ",".join(map(str, range(torch.cuda.device_count())))
+    if visible and not taken.cache_info().currsize:
+        os.environ["CUDA_VISIBLE_DEVICES"] = taken(folder, visible)[0]
+
+
+@cache  # a worker does several jobs, of several batches, and CUDA stays with the device it saw first
+def taken(folder: str, visible: str) -> tuple[str, IO[str]]:
+    """A device, and the lock that holds it until this process ends."""
+    for round_ in count():
+        for device in visible.split(","):
+            lock = Path(folder, f".gpu-{device}-{round_}").open("w")  # noqa: SIM115  it outlives this
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.close()
+            else:
+                return device, lock
+    raise AssertionError

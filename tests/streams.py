@@ -1,0 +1,74 @@
+"""Streams of small shards for tests, and samples with which none can do anything."""
+
+import io
+import itertools
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from shards import encoded, picture
+
+from clipfix.data import ShardData, ShardStream, beginning
+from clipfix.decoding import Text
+from clipfix.shards import expand
+
+CAPTION = {"caption": {"key": "txt", "pick": "one"}}
+
+
+def shard_data(train: Any, **overrides: Any) -> ShardData:
+    arguments = {"selection": None, "texts": CAPTION, "batch_size": 3, "workers": 0, "shuffle": 8, "seed": 0}
+    data = ShardData(train=train, image_size=16, **{**arguments, **overrides})
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def stream(folder: Path, shuffle: int = 8, seed: int = 0, endless: bool = True, **place: int) -> ShardStream:
+    texts = {name: Text(**text) for name, text in CAPTION.items()}
+    progress = beginning(workers=place.pop("workers", 1)) if endless else None
+    place = {"rank": 0, "world": 1, **place}
+    return ShardStream(expand(str(folder)), texts, 16, seed=seed, shuffle=shuffle, progress=progress, **place)
+
+
+def passes(source: ShardStream, count: int) -> list[list[str]]:
+    """Keys of the first `count` passes of an endless stream."""
+    taken = itertools.takewhile(lambda sample: sample["position"][1] < count, source)
+    keys: list[list[str]] = [[] for _ in range(count)]
+    for sample in taken:
+        keys[sample["position"][1]].append(sample["key"])
+    return keys
+
+
+def png_header(side: int) -> bytes:
+    """The beginning of a PNG that says to be so large."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+
+
+def compressed_bomb(side: int = 20_000) -> bytes:
+    """Black and whole: 50 MB of bits in 49 kB of file, which would be 1.2 GB as RGB."""
+    Image.new("1", (side, side)).save(buffer := io.BytesIO(), "PNG")
+    return buffer.getvalue()
+
+
+BROKEN: dict[str, dict[str, Any]] = {
+    "no image": {"txt": "x"},
+    "zero bytes": {"jpg": b"", "txt": "x"},
+    "zero bytes of text": {"png": encoded(picture(0)), "txt": b""},
+    "a pdf": {"jpg": b"%PDF-1.7\n" + bytes(2000), "txt": "x"},
+    "postscript": {"jpg": encoded(picture(0), "eps"), "txt": "x"},  # for which Pillow would start Ghostscript
+    "20,000 pixels": {"png": png_header(20_000), "txt": "x"},
+    "compressed bomb": {"png": compressed_bomb(), "txt": "x"},
+    "not an image": {"jpg": b"<html>404</html>", "txt": "x"},
+    "cut off": {"png": encoded(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8))[:999], "txt": "x"},
+    "not utf-8": {"png": encoded(picture(0)), "txt": b"\xff\xfe\x00"},
+    "no text": {"png": encoded(picture(0))},
+    "empty text": {"png": encoded(picture(0)), "txt": " \n"},
+    "half a surrogate pair": {"png": encoded(picture(0)), "txt": "x", "json": b'{"caption": "\\ud800"}'},
+    "not json": {"png": encoded(picture(0)), "txt": "x", "json": b"{"},
+    "no object": {"png": encoded(picture(0)), "txt": "x", "json": b"[]"},
+    "bomb": {"png": encoded(picture(0, 100, 100)), "txt": "x"},
+}

@@ -1,0 +1,227 @@
+"""Many ranks, many jobs: torchrun and SLURM as they set the environment, sweeps by hydra's launchers and Optuna."""
+
+import csv
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+import yaml
+from omegaconf import OmegaConf
+from test_resume import RUN, STEPS, Signal, weights
+from wandb_runs import stored
+
+from clipfix import ranks, resolvers
+from clipfix.__main__ import main
+
+SWEEPS = Path(__file__).parents[1] / "sweeps"
+DDP = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.precision=32-true"]
+WORLD = [f"data.prepare.{key}=2" for key in ("pairs_selection", "pairs_test")]
+PAIRS = """
+benchmarks:
+  pairs: {_target_: clipfix.evals.pairs.Pairs, shards: "${data.prepare.root}/pairs-test-*.tar", prefix: "a photo of "}
+selection:
+  pairs: {_target_: clipfix.evals.pairs.Pairs, shards: "${data.prepare.root}/pairs-selection-*.tar", prefix: a}
+selection_metric: pairs/mean
+"""
+SLURM = {"SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_JOB_NAME": "clipfix"}
+
+
+def started(kind: str, rank: int, port: int, ranks: int = 2) -> dict[str, str]:
+    """What a rank finds in its environment; srun's own MASTER_PORT follows from the job's number."""
+    if kind == "srun":
+        mine = {"SLURM_NTASKS": str(ranks), "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
+        return SLURM | mine | {"SLURM_JOB_ID": str(port), "MASTER_PORT": str(port), "SLURM_NODELIST": "127.0.0.1"}
+    world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank % 2)}
+    return world | {"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def as_rank(environment: dict[str, str], function, told, *arguments) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    result = function(*arguments)
+    if told is not None:
+        told.put((ranks.environment().global_rank(), result))
+
+
+def on_two_ranks(kind: str, function, *arguments, told=None) -> list[int]:
+    """The exit codes of two processes that begin where this one stands; what they return goes into a queue."""
+    context, port = multiprocessing.get_context("fork"), free_port()
+    processes = [
+        context.Process(target=as_rank, args=(started(kind, rank, port), function, told, *arguments)) for rank in (0, 1)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes]
+
+
+def says() -> tuple[str, int, int | str]:
+    return (
+        ranks.agreed(f"told by {os.environ.get('RANK') or os.environ['SLURM_PROCID']}"),
+        ranks.nodes(),
+        ranks.devices(),
+    )
+
+
+@pytest.mark.parametrize("kind", ["torchrun", "srun"])
+def test_ranks_agree(kind):
+    told = multiprocessing.get_context("fork").Queue()
+    assert on_two_ranks(kind, says, told=told) == [0, 0]
+    assert sorted(told.get() for _ in range(2)) == [(rank, ("told by 0", 1, 2)) for rank in (0, 1)]
+
+
+def test_alone_there_is_nobody_to_agree_with(monkeypatch):
+    assert (ranks.agreed("mine"), ranks.nodes(), ranks.devices()) == ("mine", 1, "auto")
+    for name, value in started("torchrun", 5, 0, ranks=8).items():
+        monkeypatch.setenv(name, value)
+    assert (ranks.nodes(), ranks.devices()) == (4, 2)
+
+
+class SignalOne(Signal):
+    """To rank 1 alone: as where one host of many is taken away."""
+
+    def strike(self, trainer, *_: object) -> None:
+        if trainer.global_rank == 1:
+            super().strike()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> str:
+    return f"data.prepare.root={tmp_path_factory.mktemp('world') / 'scenes'}"
+
+
+@pytest.fixture
+def pairs(tmp_path) -> list[str]:
+    """Words by which pairs alone are scored, on either split."""
+    (tmp_path / "conf" / "eval").mkdir(parents=True)
+    (tmp_path / "conf" / "eval" / "pairs.yaml").write_text(PAIRS)
+    return ["-m", f"--config-dir={tmp_path / 'conf'}", "eval=pairs"]
+
+
+def command(*words: str) -> None:
+    options = [word for word in words if word.startswith("-")]  # argparse wants these first
+    sys.argv = ["clipfix", *options, *RUN, *WORLD, *(word for word in words if word not in options)]
+    os.environ.pop("HYDRA_FULL_ERROR", None)
+    main()
+
+
+def test_a_signal_to_one_rank_stops_all_and_they_go_on_to_the_same_weights(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = [world, *DDP]
+    assert on_two_ranks("srun", command, *settings, "hydra.run.dir=whole") == [0, 0]
+    hit = "{_target_: test_launch.SignalOne, number: 15, hook: on_train_batch_start, batch: 3}"
+    stopped = on_two_ranks("srun", command, *settings, f"+callbacks.signal={hit}")
+    assert stopped == [128 + signal.SIGTERM] * 2
+    (run,) = (tmp_path / "outputs").glob("*/*")
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3 < STEPS
+    assert on_two_ranks("srun", command, *settings, "resume=auto") == [0, 0]
+    assert len(list((tmp_path / "outputs").glob("*/*"))) == 1
+    expected = weights(tmp_path / "whole")
+    assert all(torch.equal(value, expected[key]) for key, value in weights(run).items())
+
+
+def test_parallel_jobs_leave_a_folder_each_and_one_table(world, pairs, tmp_path, monkeypatch, capfd):
+    """One of three jobs fails: it is named, and what the others found is kept."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(ranks.__file__).parents[1]))
+    with pytest.raises(SystemExit) as exit_:
+        command(*pairs, world, "logger=wandb", "hydra/launcher=parallel", "method.warmup_steps=0,1,99")
+    assert "job 2 of the sweep: method.warmup_steps is 99" in str(exit_.value.code)
+    assert "Traceback" not in str(exit_.value.code)
+    (sweep,) = (tmp_path / "outputs" / "sweeps").iterdir()
+    assert sorted(path.parent.name for path in sweep.glob("*/results.json")) == ["0", "1"]
+    assert (sweep / "report.html").is_file()
+    printed = capfd.readouterr().out
+    assert printed.count("warmup_steps=0") == printed.count("warmup_steps=1") > 0
+    assert {stored(sweep / job).group for job in ("0", "1")} == {f"sweep-{sweep.name}"}
+
+
+def test_optuna_is_told_the_score_of_the_selection_split(world, pairs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command(*pairs, world, "hydra/sweeper=tune", "hydra.sweeper.n_trials=3", "method.steps=2")
+    (sweep,) = (tmp_path / "outputs" / "sweeps").iterdir()
+    best = yaml.safe_load((sweep / "optimization_results.yaml").read_text())
+    assert best["best_params"].keys() == yaml.safe_load((SWEEPS / "finetune.yaml").read_text())["parameters"].keys()
+    scores = []
+    for job in "012":
+        with (sweep / job / "metrics.csv").open() as file:
+            looks = [row for row in csv.DictReader(file) if row["val/loss"]]  # before training there is no checkpoint
+        scores.append(max(float(row["selection/pairs/mean"]) for row in looks))
+    assert best["best_value"] == pytest.approx(max(scores))
+    assert len(set(scores)) > 1
+
+
+@pytest.mark.parametrize("method", ["diva", "fff", "finetune", "longclip"])
+def test_optuna_draws_from_the_ranges_of_wandb(method):
+    told = yaml.safe_load((SWEEPS / f"{method}.yaml").read_text())
+    config = OmegaConf.create({"hydra": {"runtime": {"choices": {"method": method}}}})
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    trial = study.ask()
+    trial.set_user_attr("method.optimizer.lr", "1e-3")  # as the command line settles it
+    resolvers.draw(config, trial)
+    assert trial.params.keys() >= told["parameters"].keys() - {"method.optimizer.lr"}
+    assert "method.optimizer.lr" not in trial.params
+    for name, drawn in trial.distributions.items():
+        given = told["parameters"].get(name)
+        if given is None:
+            assert f"{name}={trial.params[name]}" in told["command"]
+        elif "values" in given:
+            assert list(drawn.choices) == given["values"]
+        else:
+            assert (drawn.low, drawn.high) == (given["min"], given["max"])
+            assert ("Log" in type(drawn).__name__) == given["distribution"].startswith("log")
+    assert ("eval.selection_metric" in trial.params) == (method == "longclip")
+
+
+def test_each_worker_of_a_sweep_takes_another_gpu(tmp_path):
+    held = [ranks.taken.__wrapped__(str(tmp_path), "4,7") for _ in range(3)]
+    assert [device for device, _ in held] == ["4", "7", "4"]
+    held[1][1].close()  # its process ended
+    assert ranks.taken.__wrapped__(str(tmp_path), "4,7")[0] == "7"
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "said"),
+    [
+        (["-m", "seed=0,1"], started("torchrun", 0, 0), "start a sweep (-m) once"),
+        (["-m", "seed=0", "trainer.devices=2", "trainer.strategy=ddp"], {}, "set trainer.devices=1"),
+        (["trainer.num_nodes=2"], {}, "nobody starts"),
+        ([*DDP, "trainer.devices=3"], started("torchrun", 0, 0, 1), "leave both out"),
+        ([], {"SLURM_NTASKS": "2"}, "--ntasks-per-node=2"),
+        (["trainer=gpu"], {}, "gpu"),
+    ],
+)
+def test_wrong_numbers_are_answered_in_one_line(words, environment, said, world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as exit_:
+        command(world, *words)
+    message = str(exit_.value.code)
+    assert said in message
+    assert "Traceback" not in message
+
+
+@pytest.mark.parametrize("word", ["hydra/launcher=parallel", "hydra/launcher=submitit_slurm", "hydra/sweeper=tune"])
+def test_a_launcher_that_is_not_installed_is_named(word, monkeypatch):
+    def absent(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("clipfix.__main__.distribution", absent)
+    with pytest.raises(SystemExit) as exit_:
+        command("-m", "seed=0,1", word)
+    assert f"{word} needs a package that is not installed: pip install 'clipfix[sweep]'" in str(exit_.value.code)
