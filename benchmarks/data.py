@@ -26,10 +26,13 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import functional as tvf
 
-from clipfix.data import ShardData, square
+from clipfix.data import ShardData
+from clipfix.decoding import in_unit_range
 from clipfix.writing import add_sample
 
 CAPTION = {"caption": {"key": "txt", "pick": "one"}}
+BYTES = "clipfix, shards to batches of bytes, as loader processes give them"
+FLOATS = "clipfix, the same, and batches to [0, 1] on this core"
 
 
 def photographs(count: int, width: int, height: int) -> Iterator[bytes]:
@@ -66,9 +69,19 @@ def loader(train: str | list[str], image_size: int, workers: int, batch_size: in
 # -- speed of one core -------------------------------------------------------------------------------------------------
 
 
+def plainly(data: bytes, size: int) -> torch.Tensor:
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    return tvf.to_tensor(tvf.center_crop(tvf.resize(image, size, tvf.InterpolationMode.BICUBIC), size))
+
+
 def plain_pillow(files: list[bytes], size: int) -> None:
     for data in files:
-        square(Image.open(io.BytesIO(data)).convert("RGB"), size)
+        plainly(data, size)
+
+
+def plain_batches(files: list[bytes], size: int) -> None:
+    for start in range(0, len(files), 64):
+        torch.stack([plainly(data, size) for data in files[start : start + 64]])
 
 
 def only_decoded(files: list[bytes], size: int) -> None:
@@ -94,9 +107,15 @@ def speed(count: int, size: int, repeats: int) -> None:
             for _ in range(count // 64):
                 next(batches)
 
+        def stream_of_floats(*_: object) -> None:
+            for _ in range(count // 64):
+                in_unit_range(next(batches)["image"])
+
         ways: dict[str, Callable[[list[bytes], int], None]] = {
-            "clipfix, shards to batches": stream,
-            "Pillow, decode, resize, crop, tensor": plain_pillow,
+            BYTES: stream,
+            FLOATS: stream_of_floats,
+            "Pillow, decode, resize, crop, tensor; no shards, no batches": plain_pillow,
+            "Pillow, the same, stacked in batches": plain_batches,
             "Pillow, decode alone": only_decoded,
             "torchvision, decode, resize, crop": plain_torchvision,
         }
@@ -108,14 +127,12 @@ def speed(count: int, size: int, repeats: int) -> None:
                 way(files[: count // 64 * 64], size)
                 seconds[name].append(time.process_time() - start)
     print(f"{count} JPEG of 341 x 256, {sum(map(len, files)) / count / 1e3:.0f} kB each, to {size} px; CPU seconds")
-    print("| way | images/s a core | clipfix / it |\n|---|---|---|")
-    own = statistics.median(seconds["clipfix, shards to batches"])
+    print("| way | images/s a core | clipfix in bytes / it | in floats / it |\n|---|---|---|---|")
+    middle = {name: statistics.median(taken) for name, taken in seconds.items()}
     for name, taken in seconds.items():
         rates = [count // 64 * 64 / one for one in taken]
-        middle = statistics.median(taken)
-        print(
-            f"| {name} | {statistics.median(rates):.0f} ({min(rates):.0f} to {max(rates):.0f}) | {middle / own:.2f} |"
-        )
+        rate = f"{statistics.median(rates):.0f} ({min(rates):.0f} to {max(rates):.0f})"
+        print(f"| {name} | {rate} | {middle[name] / middle[BYTES]:.2f} | {middle[name] / middle[FLOATS]:.2f} |")
 
 
 # -- workers -----------------------------------------------------------------------------------------------------------
@@ -146,17 +163,23 @@ def resident() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
 
 
-def grow(samples: int) -> list[tuple[int, float]]:
+def grow(folder: str, samples: int) -> list[tuple[int, float]]:
     torch.set_num_threads(1)
+    found = [(0, resident())]
+    batches = loader(folder, 32, workers=0, batch_size=100, shuffle=2000)
+    for number in range(1, samples // 100 + 1):
+        next(batches)
+        if number * 100 % (samples // 10) == 0:
+            found.append((number * 100, resident()))
+    return found
+
+
+def memory(samples: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         shards(Path(folder), list(photographs(10_000, 32, 32)), per_shard=1000)
-        found = []
-        batches = loader(folder, 32, workers=0, batch_size=100, shuffle=2000)
-        for number in range(samples // 100 + 1):
-            next(batches)
-            if number * 100 % (samples // 10) == 0:
-                found.append((number * 100, resident()))
-    return found
+        # Of its own: what packing has freed would hide growth.
+        for number, megabytes in alone(grow, folder, samples):
+            print(f"{number:>7} samples  {megabytes:.1f} MB")
 
 
 # -- long lists --------------------------------------------------------------------------------------------------------
@@ -205,7 +228,6 @@ if __name__ == "__main__":
     elif given.what == "workers":
         workers(given.count or 1024, given.size, given.repeats)
     elif given.what == "memory":
-        for samples, megabytes in alone(grow, given.count or 200_000):
-            print(f"{samples:>7} samples  {megabytes:.0f} MB")
+        memory(given.count or 200_000)
     else:
         urls(given.count or 100_000)
