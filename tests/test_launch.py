@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -70,11 +71,10 @@ def on_two_ranks(kind: str, function, *arguments, told=None) -> list[int]:
 
 
 def says() -> tuple[str, int, int | str]:
-    return (
-        ranks.agreed(f"told by {os.environ.get('RANK') or os.environ['SLURM_PROCID']}"),
-        ranks.nodes(),
-        ranks.devices(),
-    )
+    """From rank 1 some time after rank 0 has said its own and might be gone."""
+    rank, meeting = ranks.environment().global_rank(), ranks.meeting
+    ranks.meeting = lambda *where: (meeting(*where), time.sleep(rank))[0]
+    return ranks.agreed(f"told by {rank}"), ranks.nodes(), ranks.devices()
 
 
 @pytest.mark.parametrize("kind", ["torchrun", "srun"])

@@ -61,9 +61,14 @@ def agreed(text: str) -> str:
     place, rank = f"{found.main_address}:{found.main_port}", found.global_rank()
     try:
         met = meeting(place, rank, found.world_size())
-        if rank == 0:
-            met.set("clipfix/agreed", text)
-        return met.get("clipfix/agreed").decode()
+        if rank > 0:
+            text = met.get("clipfix/agreed").decode()
+            met.set(f"clipfix/heard/{rank}", "")
+            return text
+        met.set("clipfix/agreed", text)
+        # Rank 0 may be the one that serves: it stays until all have heard, whatever stops it right after.
+        met.wait([f"clipfix/heard/{other}" for other in range(1, found.world_size())])
+        return text
     except RuntimeError as error:  # torch.distributed has its own kinds
         raise ValueError(
             f"Rank {rank} of {found.world_size()} did not meet the others at {place} within {PATIENCE}: start all of "
