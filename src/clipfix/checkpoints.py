@@ -10,6 +10,8 @@ import lightning as L
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from clipfix.writing import whole
 
@@ -145,3 +147,28 @@ def checkpoint_to_resume(resume: str | None, folder: Path) -> str | None:
             return str(path)
     print(f"Nothing to resume: {folder} starts from the beginning.")
     return None
+
+
+class SameBuckets(L.Callback):
+    """Lets DDP sort its gradients into buckets before the first step, of a new run as of a resumed one.
+
+    DDP sends its first backward pass in one piece and later ones in buckets, and where three ranks or more add up, the
+    order depends on the place in the piece: a resumed run would end on other last digits than one left alone. So one
+    pass goes before all, whose gradients are zero.
+    """
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        ranks = trainer.strategy.model
+        if not isinstance(ranks, DistributedDataParallel):
+            return
+
+        def nothing(_: None) -> Tensor:
+            trained = [weight for weight in pl_module.parameters() if weight.requires_grad]
+            return torch.stack([0 * weight.sum() for weight in trained]).sum()
+
+        pl_module.forward = nothing  # type: ignore[method-assign]  what DDP calls
+        try:
+            ranks(None).backward()
+        finally:
+            del pl_module.forward
+        pl_module.zero_grad()

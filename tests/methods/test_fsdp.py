@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from clipfix.backbone import Backbone
 from clipfix.callbacks import Finite
-from clipfix.checkpoints import WholeFiles, load_repair
+from clipfix.checkpoints import SameBuckets, WholeFiles, load_repair
 from clipfix.methods.base import Method
 from clipfix.sharding import shard, unsharded
 from clipfix.strategy import FSDP2
@@ -98,7 +98,7 @@ def fit(
         max_steps=STEPS, max_epochs=-1, accumulate_grad_batches=ACCUMULATED, gradient_clip_val=0.1,
         val_check_interval=2 * ACCUMULATED, check_val_every_n_epoch=None, num_sanity_val_steps=0, logger=False,
         enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, plugins=[WholeFiles()],
-        callbacks=[each, Finite(str(folder), patience=2), WiSE(0.5), Alone()],
+        callbacks=[each, Finite(str(folder), patience=2), WiSE(0.5), Alone(), SameBuckets()],
     )  # fmt: skip
     data = Stream(method, rank, ranks, spoiled), Uneven(seen_by or (rank,))
     trainer.fit(method, *(DataLoader(each, batch_size=None) for each in data), ckpt_path=resume, weights_only=True)
@@ -125,6 +125,7 @@ def worker(rank: int, port: int, clip: str, generator: str, folder: Path) -> Non
         written = folder / f"longclip-{writer}" / "step=1.ckpt"
         runs += [(name, "longclip", reader, ranks, {"resume": written})] if ranks > 1 else []
     runs += [("spoiled", "finetune", "fsdp", 2, {"spoiled": 3}), ("four", "finetune", "ddp", 4, {})]
+    runs.append(("four, resumed", "finetune", "ddp", 4, {"resume": folder / "four" / "step=1.ckpt"}))
     if rank == 3:  # has the least to do
         for case in SETTINGS:
             fit(case, clip, generator, folder / f"{case}-one", "auto", 0, 1, seen_by=(0, 1))
@@ -187,6 +188,10 @@ def test_resumed_by_another_strategy_or_number_of_ranks(name, together, clip_fol
         written = together / f"longclip-{writer}" / "step=1.ckpt"
         fit("longclip", clip_folder, generator_folder, together / name, reader, 0, 1, resume=written, seen_by=(0, 1))
     assert_same(saved(together / name), saved(together / "longclip-one"))
+
+
+def test_four_ranks_resume_to_the_same_bits(together):
+    torch.testing.assert_close(saved(together / "four, resumed"), saved(together / "four"), rtol=0, atol=0)
 
 
 def test_frozen_rows_keep_their_bits(together, clip_folder, generator_folder):
