@@ -74,7 +74,7 @@ def says() -> tuple[str, int, int | str]:
     """From rank 1 some time after rank 0 has said its own and might be gone."""
     rank, meeting = ranks.environment().global_rank(), ranks.meeting
     ranks.meeting = lambda *where: (meeting(*where), time.sleep(rank))[0]
-    return ranks.agreed(f"told by {rank}"), ranks.nodes(), ranks.devices()
+    return ranks.agreed(lambda: f"told by {rank}"), ranks.nodes(), ranks.devices()
 
 
 @pytest.mark.parametrize("kind", ["torchrun", "srun"])
@@ -85,7 +85,7 @@ def test_ranks_agree(kind):
 
 
 def test_alone_there_is_nobody_to_agree_with(monkeypatch):
-    assert (ranks.agreed("mine"), ranks.nodes(), ranks.devices()) == ("mine", 1, "auto")
+    assert (ranks.agreed(lambda: "mine"), ranks.nodes(), ranks.devices()) == ("mine", 1, "auto")
     for name, value in started("torchrun", 5, 0, ranks=8).items():
         monkeypatch.setenv(name, value)
     assert (ranks.nodes(), ranks.devices()) == (4, 2)

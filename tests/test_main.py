@@ -229,7 +229,6 @@ def test_resume_auto_continues_the_newest_run_to_the_same_weights(clipfix, scene
     settings = ["method=finetune", "method.optimizer.lr=1e-3", "method.steps=4", scenes, *RUN, *DATA, *WORLD]
     whole, _ = clipfix(*settings)
     weights = torch.load(whole / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-    time.sleep(1)  # run folders are named by the second
     part, _ = clipfix("trainer.max_steps=2", *settings)
     rest, printed = clipfix("resume=auto", *settings)
     assert rest == part != whole

@@ -11,6 +11,7 @@ import lightning as L
 import pytest
 import torch
 
+from clipfix import resolvers
 from clipfix.__main__ import main
 from clipfix.checkpoints import WholeFiles, checkpoint_to_resume
 
@@ -94,6 +95,24 @@ def test_a_killed_run_goes_on_to_the_same_weights(hook, batch, world, whole, tmp
     command(world, "resume=auto")
     (run,) = (tmp_path / "outputs").glob("*/*")
     assert all(torch.equal(value, whole[key]) for key, value in weights(run).items())
+
+
+def test_another_seed_or_rate_is_another_run(world, tmp_path, monkeypatch, capsys):
+    """Neither is gone on with, even where it is the newest; nor is one that began within the same second."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [])
+    for words in ["seed=1"], [], ["method.optimizer.lr=0.5"]:
+        command(world, "method.steps=1", "resume=auto", *words)
+    said = capsys.readouterr().out
+    assert said.count("has this recipe, seed, backbone and data.train: a new one begins") == 2
+    first, second, third = sorted((tmp_path / "outputs").glob("*/*"))
+    for words, folder in ([], second), (["method.optimizer.lr=0.5"], third), (["seed=1"], first):
+        command(world, "method.steps=1", "resume=auto", "trainer.log_every_n_steps=1", *words)
+        assert f"Resuming {folder}" in capsys.readouterr().out
+
+
+def test_runs_of_one_second_have_folders_of_their_own(tmp_path):
+    assert len({resolvers.new(tmp_path / "outputs") for _ in range(5)}) == 5
 
 
 def test_killed_while_it_saves(world, whole, tmp_path, monkeypatch, capsys):

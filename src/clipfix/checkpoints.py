@@ -166,7 +166,7 @@ class SameBuckets(L.Callback):
             trained = [weight for weight in pl_module.parameters() if weight.requires_grad]
             return torch.stack([0 * weight.sum() for weight in trained]).sum()
 
-        pl_module.forward = nothing  # type: ignore[method-assign]  what DDP calls
+        pl_module.forward = nothing  # type: ignore[method-assign]
         try:
             ranks(None).backward()
         finally:

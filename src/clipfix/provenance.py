@@ -1,4 +1,4 @@
-"""What the numbers of a run come from: weights, data, versions, code. Every results.json carries it."""
+"""What the numbers of a run come from: weights, data, versions, code. Every results.json carries it, as recipe.py's."""
 
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -10,12 +10,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from clipfix import PACKAGE, __version__
+from clipfix import __version__
 from clipfix.backbone import Backbone
 from clipfix.evals import Benchmark
-from clipfix.secrets import hidden, without_secrets
+from clipfix.secrets import without_secrets
 from clipfix.shards import expand
 
 LIBRARIES = ("torch", "lightning", "open_clip_torch", "diffusers", "transformers", "numpy")
@@ -107,37 +106,3 @@ def commit() -> dict[str, Any] | None:
     except (OSError, subprocess.CalledProcessError):  # no git here, or a repository that it will not read
         return None
     return {"hash": said[0], "dirty": bool(said[1])}
-
-
-# -- config ------------------------------------------------------------------------------------------------------------
-
-
-def repair(trained: DictConfig | None) -> dict[str, Any]:
-    """How a model was repaired, from the config of its training; all None of one that was not.
-
-    By its `recipe`, the same for every seed and on every machine, `run=compare` tells groups apart.
-    """
-    by: dict[str, Any] = {"method": None, "control": None, "wise": None, "trained_with_seed": None, "recipe": None}
-    if trained is not None:
-        by["method"] = trained.method._target_.split(".")[-2]  # the module, named as its yaml is
-        by |= {"control": trained.method.get("control"), "wise": trained.get("wise"), "trained_with_seed": trained.seed}
-        elsewhere = ("seed", "root", "processes", "_target_", "_convert_", "_partial_")
-        data = {key: trained.data[key] for key in ("batch_size", "texts", "prepare")}
-        by["recipe"] = portable({"method": trained.method, "data": data, "wise": trained.get("wise")}, elsewhere)
-    return by
-
-
-def asked(cfg: DictConfig) -> dict[str, Any]:
-    """How the benchmarks asked: `run=compare` refuses to set one scoring against another that asked otherwise."""
-    return {"benchmarks": portable(cfg.eval.benchmarks)}
-
-
-def portable(node: Any, leave_out: tuple[str, ...] = ()) -> Any:
-    """Resolved config without some keys and secrets, and with paths inside the package as they are on every machine."""
-    if isinstance(node, DictConfig | ListConfig):
-        node = OmegaConf.to_container(node, resolve=True)
-    if isinstance(node, dict):
-        return {key: portable(value, leave_out) for key, value in node.items() if key not in leave_out}
-    if isinstance(node, list):
-        return [portable(value, leave_out) for value in node]
-    return hidden(node.replace(str(PACKAGE), PACKAGE.name)) if isinstance(node, str) else node

@@ -3,6 +3,7 @@
 import fcntl
 import multiprocessing
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
 from itertools import count
@@ -53,11 +54,11 @@ def check(devices: Any, num_nodes: int) -> None:
         )
 
 
-def agreed(text: str) -> str:
-    """Rank 0's text on every rank: each composes its own config, and two clocks may name two run folders."""
+def agreed(decide: Callable[[], str]) -> str:
+    """What rank 0 decides, on every rank: each composes its own config, and two clocks may name two run folders."""
     found = environment()
     if found is None or found.world_size() == 1:
-        return text
+        return decide()
     place, rank = f"{found.main_address}:{found.main_port}", found.global_rank()
     try:
         met = meeting(place, rank, found.world_size())
@@ -65,7 +66,7 @@ def agreed(text: str) -> str:
             text = met.get("clipfix/agreed").decode()
             met.set(f"clipfix/heard/{rank}", "")
             return text
-        met.set("clipfix/agreed", text)
+        met.set("clipfix/agreed", text := decide())
         # Rank 0 may be the one that serves: it stays until all have heard, whatever stops it right after.
         met.wait([f"clipfix/heard/{other}" for other in range(1, found.world_size())])
         return text

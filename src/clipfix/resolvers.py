@@ -5,25 +5,74 @@ Registered by a module of their own, which `verbs` imports: jobs that a launcher
 
 import os
 import re
+from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from clipfix import CONF, PACKAGE, ranks
+from clipfix import CONF, PACKAGE, ranks, recipe
+
+IDENTITY = ("seed", "wise", "method", "data", "backbone")  # as conf/config.yaml hands them in
 
 
-def run_folder(verb: str, name: str, resume: str | None) -> str:
-    """A new folder under outputs/<name>, or with resume=auto that of the newest run of `fit`, however far it came.
+def run_folder(verb: str, name: str, resume: str | None, *config: Any) -> str:
+    """A new folder under outputs/<name>, or with resume=auto that of the newest run of `fit` with this config, however
+    far it came.
 
     Of several ranks the first decides: the others may have started in another second, or found it just begun.
     """
-    if verb == "compare":
-        name = verb  # of several methods and backbones
-    started = sorted(Path("outputs", name).glob("*/config.yaml"))
-    new = Path("outputs", name, datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
-    return ranks.agreed(str(started[-1].parent if resume == "auto" and started else new))
+    runs = Path("outputs", verb if verb == "compare" else name)  # which compares several methods and backbones
+
+    def decide() -> str:
+        own = dict(zip(IDENTITY, config, strict=True))
+        return str((resume == "auto" and newest(runs, own)) or new(runs))
+
+    return ranks.agreed(decide)
+
+
+def new(runs: Path) -> Path:
+    """A folder named after this second, made here so that no other run that starts in it takes the same."""
+    named = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for number in count(1):
+        folder = runs / (named if number == 1 else f"{named}-{number}")
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+    raise AssertionError
+
+
+def newest(runs: Path, own: Mapping[str, Any]) -> Path | None:
+    """The run to go on with: another seed, learning rate or corpus is another run, even where it is the newest."""
+    wanted = same_run(own)
+    started = sorted(runs.glob("*/config.yaml"), reverse=True)
+    for file in started:
+        with suppress(YAMLError):  # cut off
+            stored: Any = OmegaConf.load(file)
+            if wanted and wanted == same_run(stored):
+                return file.parent
+    if wanted and started:
+        print(
+            f"None of the {len(started)} runs in {runs} has this recipe, seed, backbone and data.train: a new one "
+            "begins. To go on with one of them all the same, give its file: resume=.../checkpoints/last.ckpt"
+        )
+    return None
+
+
+def same_run(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run and the one that it goes on with have in common; {} of a config that is incomplete or of another kind.
+
+    Devices, precision and loggers may change: a run may go on elsewhere.
+    """
+    with suppress(OmegaConfBaseException, KeyError):
+        read = {"backbone": config["backbone"], "train": config["data"]["train"]}
+        return recipe.repair(config) | recipe.portable(read)
+    return {}
 
 
 def wandb_mode() -> str:

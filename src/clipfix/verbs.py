@@ -20,7 +20,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
-from clipfix import CONF, ranks
+from clipfix import CONF, ranks, recipe
 from clipfix.resolvers import wandb_mode
 from clipfix.secrets import without_secrets
 
@@ -99,7 +99,7 @@ def fit(cfg: DictConfig, folder: Path) -> float | None:
     step = load_repair(scored, chosen)["global_step"]
     rate("after", trainer)
     if trainer.is_global_zero:
-        facts |= {"backbone": choice("backbone")} | provenance.repair(cfg) | provenance.asked(cfg)
+        facts |= {"backbone": choice("backbone")} | recipe.repair(cfg) | recipe.asked(cfg)
         facts |= {"weights": weights, "precision": {"scores": "fp32", "training": cfg.trainer.precision}}
         seconds = time.perf_counter() - started
         facts |= {"checkpoint": os.path.relpath(chosen, folder), "step": step, "seed": cfg.seed, "seconds": seconds}
@@ -118,7 +118,7 @@ def score(cfg: DictConfig, folder: Path) -> None:
     from clipfix.checkpoints import load_repair
     from clipfix.evals import evaluate
 
-    if cfg.data.prepare and cfg.data.prepare.root in str(provenance.asked(cfg)):  # a benchmark reads what it makes
+    if cfg.data.prepare and cfg.data.prepare.root in str(recipe.asked(cfg)):  # a benchmark reads what it makes
         instantiate(cfg.data.prepare)()
     repair = load_repair(backbone, cfg.checkpoint) if cfg.checkpoint else {}
     fabric = Fabric(**{key: cfg.trainer[key] for key in ("accelerator", "devices", "num_nodes") if key in cfg.trainer})
@@ -128,7 +128,7 @@ def score(cfg: DictConfig, folder: Path) -> None:
     if fabric.is_global_zero:
         facts = provenance.facts(backbone, benchmarks)
         trained = OmegaConf.create(repair["config_yaml"]) if repair else None
-        facts |= {"backbone": choice("backbone")} | provenance.repair(trained) | provenance.asked(cfg)
+        facts |= {"backbone": choice("backbone")} | recipe.repair(trained) | recipe.asked(cfg)
         facts |= {"weights": {"score": weights_hash(backbone.model)}, "precision": {"scores": "fp32"}}
         facts |= {"checkpoint": cfg.checkpoint, "seed": cfg.seed, "seconds": time.perf_counter() - started}
         report.write(folder, scores, benchmarks, facts)
@@ -209,7 +209,6 @@ def annotate(cfg: DictConfig, folder: Path) -> None:
 def export(cfg: DictConfig, folder: Path) -> None:
     """Write a model, repaired by a checkpoint or as it is, in the folders that other libraries load."""
     from clipfix import export as exporting
-    from clipfix import provenance
     from clipfix.checkpoints import load_repair, read_checkpoint
     from clipfix.export.about import about
 
@@ -229,7 +228,7 @@ def export(cfg: DictConfig, folder: Path) -> None:
     if saved:
         load_repair(backbone, cfg.checkpoint)
     licences: Any = OmegaConf.to_container(OmegaConf.load(CONF / "licences.yaml"))
-    repair = provenance.repair(trained) | {"step": saved.get("global_step")}
+    repair = recipe.repair(trained) | {"step": saved.get("global_step")}
     trained_on = trained.data.train if trained else None
     facts = about(backbone, chosen.pretrained, repair, trained_on, cfg.checkpoint, licences)
     facts["licence"] = cfg.export.licence or facts["licence"]
