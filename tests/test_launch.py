@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from test_resume import RUN, STEPS, Signal, weights
 from wandb_runs import stored
 
-from clipfix import ranks, resolvers
+from clipfix import ranks, sweeps
 from clipfix.__main__ import main
 
 SWEEPS = Path(__file__).parents[1] / "sweeps"
@@ -172,7 +172,7 @@ def test_optuna_draws_from_the_ranges_of_wandb(method):
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     trial = study.ask()
     trial.set_user_attr("method.optimizer.lr", "1e-3")  # as the command line settles it
-    resolvers.draw(config, trial)
+    sweeps.draw(config, trial)
     assert trial.params.keys() >= told["parameters"].keys() - {"method.optimizer.lr"}
     assert "method.optimizer.lr" not in trial.params
     for name, drawn in trial.distributions.items():
@@ -188,10 +188,10 @@ def test_optuna_draws_from_the_ranges_of_wandb(method):
 
 
 def test_each_worker_of_a_sweep_takes_another_gpu(tmp_path):
-    held = [ranks.taken.__wrapped__(str(tmp_path), "4,7") for _ in range(3)]
+    held = [sweeps.taken.__wrapped__(str(tmp_path), "4,7") for _ in range(3)]
     assert [device for device, _ in held] == ["4", "7", "4"]
     held[1][1].close()  # its process ended
-    assert ranks.taken.__wrapped__(str(tmp_path), "4,7")[0] == "7"
+    assert sweeps.taken.__wrapped__(str(tmp_path), "4,7")[0] == "7"
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_a_launcher_that_is_not_installed_is_named(word, monkeypatch):
     def absent(name: str) -> None:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("clipfix.__main__.distribution", absent)
+    monkeypatch.setattr("clipfix.sweeps.distribution", absent)
     with pytest.raises(SystemExit) as exit_:
         command("-m", "seed=0,1", word)
     assert f"{word} needs a package that is not installed: pip install 'clipfix[sweep]'" in str(exit_.value.code)

@@ -8,7 +8,6 @@ import traceback
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, OmegaConfBaseException
 
 from clipfix import CONF, secrets
-from clipfix.ranks import environment, settle_worker
-from clipfix.verbs import VERBS, in_sweep, side_by_side
+from clipfix.ranks import environment
+from clipfix.sweeps import in_sweep, installed, settle_worker, side_by_side
+from clipfix.verbs import VERBS
 
 MISTAKES = (HydraException, OmegaConfBaseException, ValueError)
-# Launchers and sweepers of hydra that are packages of their own.
-PLUGINS = {
-    "hydra/launcher=parallel": "hydra-joblib-launcher",
-    "hydra/launcher=joblib": "hydra-joblib-launcher",
-    "hydra/launcher=submitit_slurm": "hydra-submitit-launcher",
-    "hydra/launcher=submitit_local": "hydra-submitit-launcher",
-    "hydra/sweeper=tune": "hydra-optuna-sweeper",
-    "hydra/sweeper=optuna": "hydra-optuna-sweeper",
-}
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -139,17 +130,6 @@ def sweep(words: list[str]) -> None:
         run()
     finally:
         side_by_side(Path(folder))
-
-
-def installed(words: list[str]) -> None:
-    """Raises where a launcher or sweeper is asked for that is not there."""
-    for word in words:
-        if word in PLUGINS:
-            try:
-                distribution(PLUGINS[word])
-            except PackageNotFoundError:
-                needs = "needs a package that is not installed: pip install 'clipfix[sweep]'"
-                raise ValueError(f"{word} {needs}") from None
 
 
 def named(words: list[str]) -> list[str]:

@@ -1,14 +1,10 @@
 """Where this process stands among those that torchrun or srun started, and what all of them must agree on."""
 
-import fcntl
-import multiprocessing
 import os
 from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
-from itertools import count
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 PATIENCE = timedelta(minutes=5)  # for ranks that start later; ours
 
@@ -83,30 +79,3 @@ def meeting(place: str, rank: int, ranks: int) -> Any:
     from torch.distributed import rendezvous
 
     return next(rendezvous(f"tcp://{place}", rank, ranks, timeout=PATIENCE))[0]
-
-
-def settle_worker(folder: str) -> None:
-    """Makes a worker of joblib like any process, and gives it one GPU: that which fewest of this sweep have."""
-    multiprocessing.set_start_method(None, force=True)  # joblib's own is unknown to the processes that a job starts
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        import torch
-
-        visible = ",".join(map(str, range(torch.cuda.device_count())))
-    if visible and not taken.cache_info().currsize:
-        os.environ["CUDA_VISIBLE_DEVICES"] = taken(folder, visible)[0]
-
-
-@cache  # a worker does several jobs, of several batches, and CUDA stays with the device it saw first
-def taken(folder: str, visible: str) -> tuple[str, IO[str]]:
-    """A device, and the lock that holds it until this process ends."""
-    for round_ in count():
-        for device in visible.split(","):
-            lock = Path(folder, f".gpu-{device}-{round_}").open("w")  # noqa: SIM115  it outlives this
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.close()
-            else:
-                return device, lock
-    raise AssertionError

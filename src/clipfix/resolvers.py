@@ -4,7 +4,6 @@ Registered by a module of their own, which `verbs` imports: jobs that a launcher
 """
 
 import os
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
@@ -16,7 +15,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from clipfix import CONF, PACKAGE, ranks, recipe
+from clipfix import PACKAGE, ranks, recipe
+from clipfix.sweeps import ranges
 
 IDENTITY = ("seed", "wise", "method", "data", "backbone")  # as conf/config.yaml hands them in
 
@@ -94,28 +94,6 @@ def jobs() -> int:
     return torch.cuda.device_count() or -1
 
 
-def sweep(method: str) -> dict[str, Any]:
-    """What W&B tries of a method, sweeps/<method>.yaml."""
-    told: Any = OmegaConf.to_container(OmegaConf.load(CONF.parent / "sweeps" / f"{method}.yaml"), resolve=False)
-    return told
-
-
-def draw(config: Any, trial: Any) -> None:
-    """The same for Optuna: draws for a trial what the command line did not settle, and adds the sweep's fixed words."""
-    told = sweep(config.hydra.runtime.choices.method)
-    words = [word for word in told["command"] if re.fullmatch(r"[\w.]+=[^$]+", word)]
-    fixed = dict(word.split("=", 1) for word in words if not word.startswith(("method=", "logger=")))
-    ranges = told["parameters"] | {name: {"values": [value]} for name, value in fixed.items()}
-    for name, given in ranges.items():
-        if name in trial.params or name in trial.user_attrs:
-            continue
-        if "values" in given:
-            trial.suggest_categorical(name, given["values"])
-        else:
-            log = given["distribution"] == "log_uniform_values"
-            trial.suggest_float(name, given["min"], given["max"], log=log)
-
-
 def register() -> None:
     OmegaConf.register_new_resolver("package", lambda path: str(PACKAGE / path), replace=True)
     OmegaConf.register_new_resolver("run_folder", run_folder, use_cache=True, replace=True)
@@ -124,7 +102,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("wandb_mode", wandb_mode, use_cache=True, replace=True)
     OmegaConf.register_new_resolver("wandb_group", wandb_group, replace=True)
     OmegaConf.register_new_resolver("jobs", jobs, replace=True)
-    OmegaConf.register_new_resolver("trials", lambda method: sweep(method)["run_cap"], replace=True)
+    OmegaConf.register_new_resolver("trials", lambda method: ranges(method)["run_cap"], replace=True)
 
 
 register()

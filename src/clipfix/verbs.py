@@ -23,6 +23,7 @@ from omegaconf.errors import InterpolationResolutionError
 from clipfix import CONF, ranks, recipe
 from clipfix.resolvers import wandb_mode
 from clipfix.secrets import without_secrets
+from clipfix.sweeps import judged, refuse_in_sweep
 
 # Warnings about what is meant to be so, which would push the table off the screen.
 HARMLESS = (
@@ -333,42 +334,6 @@ def selection(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     metric = cfg.eval.selection_metric
     best = ModelCheckpoint(folder / "checkpoints", filename="best", monitor=f"selection/{metric}", mode="max")
     return {"selection": Selection(instantiate(cfg.eval.selection), metric), "best": best}
-
-
-def in_sweep() -> bool:
-    """Whether this is a job of a sweep (`-m`)."""
-    return not OmegaConf.is_missing(HydraConfig.get().job, "num")
-
-
-def judged() -> bool:
-    """Whether this is a job of a sweep that wants one number of it."""
-    return in_sweep() and "optuna" in HydraConfig.get().sweeper._target_
-
-
-def refuse_in_sweep(strategy: Any) -> None:
-    """Lightning starts other ranks by the command line of the first, which in a sweep is that of all jobs."""
-    environment: Any = getattr(strategy, "cluster_environment", None)
-    if in_sweep() and environment and not environment.creates_processes_externally:
-        raise ValueError(
-            "A job of a sweep is one process here: set trainer.devices=1. For several GPUs a job, let SLURM start its "
-            "ranks: hydra/launcher=submitit_slurm hydra.launcher.tasks_per_node=4 hydra.launcher.gpus_per_node=4."
-        )
-
-
-def side_by_side(sweep: Path) -> None:
-    """The results of a sweep as run=compare shows them, where more than one of its jobs has some."""
-    scored = [path for path in sweep.glob("*/results.json") if '"eval/' in path.read_text()]
-    found = [str(path) for path in sorted(scored, key=lambda path: int(path.parent.name))]
-    if len(found) < 2:
-        return
-    from clipfix.compare import compare
-
-    published: Any = OmegaConf.to_container(OmegaConf.load(CONF / "published.yaml"))
-    settings: Any = OmegaConf.to_container(OmegaConf.load(CONF / "config.yaml").compare)
-    try:
-        compare(sweep, 0, published, **settings | {"results": found})
-    except ValueError as error:
-        print(f"The jobs of this sweep do not compare: {error}")
 
 
 def choice(group: str) -> str:
