@@ -143,7 +143,7 @@ def test_asked_to_end_it_saves_and_goes_on(number, accumulate, batch, step, worl
     with pytest.raises(SystemExit) as stopped:
         command(*settings, send(number, "on_train_batch_start", batch))
     assert stopped.value.code == 128 + signal.SIGTERM
-    assert f"Stopped by SIGTERM after step {step}: resume=auto" in capsys.readouterr().out
+    assert f"Asked to stop, and saved after step {step}: resume=auto" in capsys.readouterr().out
     (run,) = (tmp_path / "outputs").glob("*/*")
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == step

@@ -39,25 +39,29 @@ def run(cfg: DictConfig) -> float | None:
         if missing := list(unset(OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(groups))))):
             raise ValueError(f"Not set: {', '.join(missing)}. Give a value on the command line, as in {missing[0]}=...")
         score = verb(cfg, folder)
-    except BaseException as error:
+    except Exception as error:
         close(folder, exit_code=1)
-        if in_sweep() and isinstance(error, Exception):
-            raise failed(cfg, error) from None
-        if is_out_of_memory(error):
-            raise ValueError(smaller(cfg, error)) from error
+        full = is_out_of_memory(error)
+        told = ValueError(smaller(cfg, error)) if full else error
+        if in_sweep():
+            raise failed(told) from None
+        if full:
+            raise told from error
+        raise
+    except BaseException:  # Ctrl-C, or asked to stop
+        close(folder, exit_code=1)
         raise
     close(folder, exit_code=0)
     return score
 
 
-def failed(cfg: DictConfig, error: Exception) -> ValueError:
+def failed(error: Exception) -> ValueError:
     """Of a job of a sweep, told at once: the others go on first, and only words come back from another process."""
     job = HydraConfig.get()
-    full = is_out_of_memory(error)
-    if not full and not isinstance(error, MISTAKES):
+    if not isinstance(error, MISTAKES):
         traceback.print_exception(error)
-    why = smaller(cfg, error) if full else explain(error)
-    said = secrets.hidden(one_line(f"job {job.job.num} of the sweep: {why} [{' '.join(job.overrides.task)}]"))
+    words = " ".join(job.overrides.task)
+    said = secrets.hidden(one_line(f"job {job.job.num} of the sweep: {explain(error)} [{words}]"))
     print(f"clipfix: {said}", file=sys.stderr, flush=True)
     return ValueError(said)
 

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchvision.transforms import functional as tvf
 
 from clipfix.decoding import Text, check_latents, cropped, decode, in_unit_range, look_up, look_up_latent
+from clipfix.ranks import rank_of
 from clipfix.shards import expand, read_shard
 
 log = logging.getLogger(__name__)
@@ -235,7 +236,7 @@ class ShardData(L.LightningDataModule):
     def _loader(
         self, shards: list[str], progress: Progress | None, features: str | None = None, latents: str | None = None
     ) -> DataLoader:
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        rank, world = rank_of()
         stream = ShardStream(
             shards,
             self.texts,
@@ -277,15 +278,14 @@ class ShardData(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Every rank's progress; collective, as ranks differ where samples are broken. Lightning calls it on all."""
-        ranks: list[Any] = [copy.deepcopy(self.progress)]
-        if dist.is_initialized():
-            ranks = [None] * dist.get_world_size()
+        ranks: list[Any] = [copy.deepcopy(self.progress)] * rank_of()[1]
+        if len(ranks) > 1:
             dist.all_gather_object(ranks, self.progress)
         return {"ranks": ranks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         ranks: list[Progress] = state_dict["ranks"]
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        rank, world = rank_of()
         if (len(ranks), len(ranks[0]["positions"])) == (world, max(self.workers, 1)):
             self.progress.update(copy.deepcopy(ranks[rank]))
             return

@@ -1,4 +1,4 @@
-"""Where this process stands among those that torchrun or srun started, and what all of them must agree on."""
+"""Where this process stands among others, those that torchrun or srun started, and what all of them must agree on."""
 
 import os
 from collections.abc import Callable
@@ -32,6 +32,13 @@ def nodes() -> int:
 def devices() -> int | str:
     """Devices of this machine: one a process that was started on it, else all of them."""
     return "auto" if (found := environment()) is None else found.world_size() // nodes()
+
+
+def rank_of() -> tuple[int, int]:
+    """Which of how many ranks this process is, once they have met."""
+    import torch.distributed as dist
+
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def check(devices: Any, num_nodes: int) -> None:

@@ -3,7 +3,6 @@
 Heavy libraries are imported inside the verbs: `--help`, `--cfg job` and a mistyped key must answer at once.
 """
 
-import copy
 import logging
 import os
 import signal
@@ -41,36 +40,17 @@ def fit(cfg: DictConfig, folder: Path) -> float | None:
     """Score, train, score what the selection split prefers, report; a sweep that asks for it gets the score there."""
     started = time.perf_counter()
     backbone, benchmarks = build(cfg)
-    from lightning.pytorch.callbacks import LambdaCallback
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from clipfix import provenance, report
-    from clipfix.backbone import weights_hash
     from clipfix.checkpoints import checkpoint_to_resume, load_repair
-    from clipfix.evals import evaluate
-    from clipfix.evals.features import TextCache
+    from clipfix.evals.before_after import BeforeAfter
     from clipfix.wise import WiSE
 
-    # What is scored, before and with the repair loaded. A method may rebuild its own backbone: Long-CLIP, LoRA.
-    scored = copy.deepcopy(backbone)
+    rated = BeforeAfter(backbone, benchmarks)
     method, data = method_and_data(cfg, backbone)  # missing shards are named before anything is scored
     method.config_yaml = OmegaConf.to_yaml(shareable(cfg))
-    scores: dict[str, dict[str, float]] = {}
-    weights: dict[str, str] = {}
-    facts: dict[str, Any] = {}
-    texts: TextCache = {}  # most repairs leave the text tower as it is
-
-    def rate(when: str, trainer: Any) -> None:
-        scored.to(trainer.strategy.root_device)
-        scores[when] = evaluate(scored, benchmarks, texts)
-        if trainer.is_global_zero:
-            weights[when] = weights_hash(scored.model)
-            facts.update(facts or provenance.facts(scored, benchmarks))
-        scored.to("cpu")  # training wants the memory
-
-    # Asked for by a callback, as only then all ranks are there to share the work.
-    before = LambdaCallback(on_fit_start=lambda trainer, _: rate("before", trainer))
-    callbacks = dict(instantiate(cfg.callbacks)) | selection(cfg, folder) | {"before": before}
+    callbacks = dict(instantiate(cfg.callbacks)) | selection(cfg, folder) | {"before_after": rated}
     watched = callbacks["selection"].benchmarks.values() if "selection" in callbacks else ()
     chosen_by = [source for benchmark in watched for source in benchmark.sources().values()]
     seen = {"data.train": [data.train], "data.selection": [data.selection], "eval.selection": chosen_by}
@@ -89,7 +69,7 @@ def fit(cfg: DictConfig, folder: Path) -> float | None:
     try:
         trainer.fit(method, data, ckpt_path=checkpoint_to_resume(cfg.resume, folder), weights_only=True)
     except SIGTERMException:
-        print(f"Stopped by SIGTERM after step {trainer.global_step}: resume=auto goes on.")
+        print(f"Asked to stop, and saved after step {trainer.global_step}: resume=auto goes on.")
         sys.exit(128 + signal.SIGTERM)  # Lightning's own code says that all went well
 
     last = folder / "checkpoints" / "last.ckpt"
@@ -97,14 +77,14 @@ def fit(cfg: DictConfig, folder: Path) -> float | None:
     best = callbacks["best"].best_model_path if "best" in callbacks else ""
     # A run of no steps never asked which is best: it shows what a method changes at once.
     chosen = trainer.strategy.broadcast(best or str(last))
-    step = load_repair(scored, chosen)["global_step"]
-    rate("after", trainer)
+    step = load_repair(rated.backbone, chosen)["global_step"]
+    rated.rate("after", trainer)
     if trainer.is_global_zero:
-        facts |= {"backbone": choice("backbone")} | recipe.repair(cfg) | recipe.asked(cfg)
-        facts |= {"weights": weights, "precision": {"scores": "fp32", "training": cfg.trainer.precision}}
+        facts = rated.facts | {"backbone": choice("backbone")} | recipe.repair(cfg) | recipe.asked(cfg)
+        facts |= {"weights": rated.weights, "precision": {"scores": "fp32", "training": cfg.trainer.precision}}
         seconds = time.perf_counter() - started
         facts |= {"checkpoint": os.path.relpath(chosen, folder), "step": step, "seed": cfg.seed, "seconds": seconds}
-        report.write(folder, scores, benchmarks, facts, loggers)
+        report.write(folder, rated.scores, benchmarks, facts, loggers)
     return float(callbacks["best"].best_model_score) if judged() else None
 
 

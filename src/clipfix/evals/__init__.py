@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from rich.progress import Progress
 
 from clipfix.backbone import Backbone
-from clipfix.evals.features import Features, TextCache, rank_of, scoring
+from clipfix.evals.features import Features, TextCache, scoring
 from clipfix.outcomes import Outcomes
+from clipfix.ranks import rank_of
 
 
 class Benchmark(ABC):

@@ -22,16 +22,12 @@ from torch import Tensor, nn
 from clipfix.backbone import Backbone, weights_hash
 from clipfix.decoding import readable, square, undecoded
 from clipfix.evals.embed import BATCH, Local, Sample, Shards, decoded, embed_images, embed_locally, embed_texts
+from clipfix.ranks import rank_of
 from clipfix.sets import Source
 
 TextCache = dict[tuple[str, int, str], Tensor]  # hash of the text tower, tokens at most, text -> its row, on the CPU
 Item = TypeVar("Item")
 Made = TypeVar("Made")
-
-
-def rank_of() -> tuple[int, int]:
-    """Which of how many ranks this process is."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def shared_out(items: Iterable[Item], work: Callable[[list[Item]], Made]) -> list[Made]:

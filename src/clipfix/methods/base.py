@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from clipfix.backbone import Backbone
 from clipfix.functional.contrastive import contrastive_loss
+from clipfix.ranks import rank_of
 from clipfix.sharding import local, reshard, rows_here, shard, unshard
 from clipfix.trained import merged
 
@@ -125,7 +126,7 @@ class Method(L.LightningModule, ABC):
         Lightning divides the sum of this over ranks by their number and drops the remainder: with 8.25 images a rank,
         as last batches are uneven, a mean was 3 % too large. So an image counts as many times as there are ranks.
         """
-        return len(batch["image"]) * (dist.get_world_size() if dist.is_initialized() else 1)
+        return len(batch["image"]) * rank_of()[1]
 
     def note(self, name: str, value: float) -> None:
         """A fact about this step beside its losses, for the logger."""
@@ -167,11 +168,11 @@ class Method(L.LightningModule, ABC):
 
     @property
     def world_size(self) -> int:
-        return dist.get_world_size() if dist.is_initialized() and self.training else 1
+        return rank_of()[1] if self.training else 1
 
     @property
     def rank(self) -> int:
-        return dist.get_rank() if dist.is_initialized() and self.training else 0
+        return rank_of()[0] if self.training else 0
 
     def gather(self, rows: Tensor) -> Tensor:
         """The rows of every rank, joined, with gradient."""
