@@ -105,7 +105,7 @@ def test_a_store_that_is_gone_stops_the_run_after_one_pass_of_asking_again(
     numbered(tmp_path, [5, 5, 5])
     monkeypatch.setattr("urllib3.util.retry.time.sleep", lambda seconds: None)
     data = shard_data(f"{store}/{{00000..00002}}.tar")
-    with pytest.raises(ValueError, match=r"none of the 3 shards begins with one.*/00002\.tar: .*too many 503"):
+    with pytest.raises(ValueError, match=r"no shard of data.train .3. begins with one.*/00002\.tar: .*too many 503"):
         next(iter(data.train_dataloader()))
     # Once, eight times again, and once more, without waiting, to be sure that no shard is fine.
     assert Store.asked == {f"/0000{number}.tar": 10 for number in range(3)}

@@ -50,11 +50,27 @@ def test_shards_without_a_usable_sample_stop_the_run_and_say_why(workers: int, t
         next(iter(data.train_dataloader()))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_selection_split_without_a_usable_sample_says_so(workers: int, tmp_path: Path) -> None:
+    numbered(tmp_path, [3])
+    texts = {"caption": {"key": "Long", "pick": "one"}}
+    data = shard_data(str(tmp_path), selection=str(tmp_path), texts=texts, workers=workers)
+    with pytest.raises(ValueError, match=r"no shard of data\.selection \(1\) has one.*no text under 'Long'"):
+        list(data.val_dataloader())
+
+
+def test_a_worker_without_a_usable_sample_of_the_selection_split_has_none(tmp_path: Path) -> None:
+    members = {str(key): {"png": encoded(picture(key)), "txt": "x" if key else " "} for key in range(3)}
+    pack(tmp_path / "0.tar", members)
+    loader = shard_data(str(tmp_path), selection=str(tmp_path), workers=4).val_dataloader()
+    assert [key for batch in loader for key in batch["key"]] == ["1", "2"]
+
+
 def test_a_wrong_key_of_large_data_is_told_before_a_whole_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     numbered(tmp_path, [50, 50])
     monkeypatch.setattr("clipfix.data.LOOK_AROUND", 4)
     data = shard_data(str(tmp_path), texts={"caption": {"key": "Long", "pick": "one"}})
-    with pytest.raises(ValueError, match=r"no usable sample in 4 in a row, and none of the 2 shards .*'Long'"):
+    with pytest.raises(ValueError, match=r"no usable sample in 4 in a row, and no shard of data.train .*'Long'"):
         next(iter(data.train_dataloader()))
 
 
@@ -97,7 +113,7 @@ def test_a_run_whose_shards_all_vanish_stops_after_one_pass(tmp_path: Path, capl
     data = shard_data(str(tmp_path))
     for path in tmp_path.glob("*.tar"):
         path.unlink()
-    with pytest.raises(ValueError, match=r"none of the 3 shards begins with one.*00002\.tar: .*No such file"):
+    with pytest.raises(ValueError, match=r"no shard of data.train .3. begins with one.*00002\.tar: .*No such file"):
         next(iter(data.train_dataloader()))
     assert len(caplog.messages) == 3
 

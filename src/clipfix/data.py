@@ -99,36 +99,38 @@ class ShardStream(IterableDataset):
                     continue
                 yield {**sample, "position": (worker, number, index), "skipped": skipped}
                 usable, skipped = usable + 1, 0
-            if self.progress is None:
-                return
             if not usable and not taken:
                 self._look_around("a whole pass")
-                if len(self.shards) < consumers:  # it has read all of them, and will again
-                    raise ValueError(
-                        f"data.train has too few usable samples for each of {consumers} workers to get one: lower "
-                        "data.workers or the number of devices."
-                    )
+            if self.progress is None:
+                return
+            if not usable and not taken and len(self.shards) < consumers:  # it has read all of them, and will again
+                raise ValueError(
+                    f"data.train has too few usable samples for each of {consumers} workers to get one: lower "
+                    "data.workers or the number of devices."
+                )
             taken = 0
 
     def _look_around(self, vain: str) -> None:
-        """Stops the run unless some shard begins with a usable sample.
+        """Stops the run unless some shard begins with a usable sample; of the selection split, has one anywhere.
 
         A broken shard may be all that a pass gives a worker, and the next pass deals the shards anew: so a worker that
         reads in vain goes on as long as any shard is fine. No server is asked twice here, as that has been done.
         """
-        faults: dict[str, Exception | str] = {"": "data.train names none"}
+        split, most = ("data.train", 1) if self.progress else ("data.selection", None)
+        faults: dict[str, Exception | str] = {"": f"{split} names none"}
         for shard in self.shards:
             faults = {shard: "it is empty"}
-            try:
-                for raw in itertools.islice(read_shard(shard, faults.__setitem__, again=0), 1):
+            for raw in itertools.islice(read_shard(shard, faults.__setitem__, again=0), most):
+                try:
                     self._decode(raw, number=0)
                     return
-            except Exception as error:  # of this sample
-                faults[shard] = error
+                except Exception as error:  # of this sample
+                    faults[shard] = error
         ((last, reason),) = faults.items()
+        begins = "begins with" if most else "has"
         raise ValueError(
-            f"A worker found no usable sample in {vain}, and none of the {len(self.shards)} shards begins with one. "
-            f"The last, {last}: {reason}"
+            f"A worker found no usable sample in {vain}, and no shard of {split} ({len(self.shards)}) {begins} "
+            f"one. The last, {last}: {reason}"
         )
 
     def _raws(self, number: int, consumer: int, consumers: int) -> Iterator[dict[str, Any]]:
