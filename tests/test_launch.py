@@ -150,19 +150,26 @@ def test_parallel_jobs_leave_a_folder_each_and_one_table(world, pairs, tmp_path,
     assert {stored(sweep / job).group for job in ("0", "1")} == {f"sweep-{sweep.name}"}
 
 
-def test_optuna_is_told_the_score_of_the_selection_split(world, pairs, tmp_path, monkeypatch):
+def test_optuna_is_told_the_score_of_the_selection_split_and_goes_on_later(world, pairs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    command(*pairs, world, "hydra/sweeper=tune", "hydra.sweeper.n_trials=3", "method.steps=2")
-    (sweep,) = (tmp_path / "outputs" / "sweeps").iterdir()
-    best = yaml.safe_load((sweep / "optimization_results.yaml").read_text())
-    assert best["best_params"].keys() == yaml.safe_load((SWEEPS / "finetune.yaml").read_text())["parameters"].keys()
+    kept = ["hydra.sweeper.storage=sqlite:///trials.db", "hydra.sweeper.study_name=mine"]
     scores = []
-    for job in "012":
-        with (sweep / job / "metrics.csv").open() as file:
-            looks = [row for row in csv.DictReader(file) if row["val/loss"]]  # before training there is no checkpoint
-        scores.append(max(float(row["selection/pairs/mean"]) for row in looks))
-    assert best["best_value"] == pytest.approx(max(scores))
+    for seed in "01":
+        drawn = ["hydra.sweeper.n_trials=2", f"hydra.sweeper.sampler.seed={seed}"]
+        command(*pairs, world, "hydra/sweeper=tune", "method.steps=2", *drawn, *kept)
+        newest = max((tmp_path / "outputs" / "sweeps").iterdir())
+        for job in "01":
+            with (newest / job / "metrics.csv").open() as file:
+                looks = [row for row in csv.DictReader(file) if row["val/loss"]]  # before training is no checkpoint
+            scores.append(max(float(row["selection/pairs/mean"]) for row in looks))
+        best = yaml.safe_load((newest / "optimization_results.yaml").read_text())
+        assert best["best_value"] == pytest.approx(max(scores))
+    ranges = yaml.safe_load((SWEEPS / "finetune.yaml").read_text())["parameters"]
+    assert best["best_params"].keys() == ranges.keys()
     assert len(set(scores)) > 1
+    study = optuna.load_study(study_name="mine", storage="sqlite:///trials.db")
+    assert [trial.value for trial in study.trials] == pytest.approx(scores)
+    assert len({str(trial.params) for trial in study.trials}) == 4
 
 
 @pytest.mark.parametrize("method", ["diva", "fff", "finetune", "longclip"])

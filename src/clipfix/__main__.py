@@ -7,7 +7,6 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import suppress
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from omegaconf.errors import ConfigAttributeError, OmegaConfBaseException
 
 from clipfix import CONF, secrets
 from clipfix.ranks import environment
+from clipfix.resolvers import new
 from clipfix.sweeps import in_sweep, installed, settle_worker, side_by_side
 from clipfix.verbs import VERBS
 
@@ -128,12 +128,14 @@ def sweep(words: list[str]) -> None:
         raise ValueError("torchrun and srun start the ranks of one run: start a sweep (-m) once, docs/launch.md.")
     key = "hydra.sweep.dir="
     given = [word.removeprefix(key) for word in words if word.startswith(key)]
-    folder = given[-1] if given else str(Path("outputs", "sweeps", datetime.now().strftime("%Y-%m-%d_%H-%M-%S")))
-    sys.argv[1:] = [*words, *([] if given else [key + folder])]
+    folder = Path(given[-1]) if given else new(Path("outputs", "sweeps"))
+    sys.argv[1:] = [*words, *([] if given else [f"{key}{folder}"])]
     try:
         run()
     finally:
-        side_by_side(Path(folder))
+        side_by_side(folder)
+        with suppress(OSError):
+            folder.rmdir()  # empty where no job began
 
 
 def named(words: list[str]) -> list[str]:
