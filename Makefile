@@ -1,6 +1,8 @@
 # Every target installs what it needs first; nothing else is required than python3 >= 3.11 and a package index.
 PYTHON ?= python3
 BIN := .venv/bin
+# Images of containers set it, and then every process compiles all that it imports: 15 s more, each.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install run test check tables pins clean

@@ -17,6 +17,7 @@ import torch
 import yaml
 from PIL import Image
 from shards import photographs
+from test_launch import on_two_ranks
 from wandb_runs import stored
 
 from clipfix.__main__ import main
@@ -405,8 +406,14 @@ def test_wheel_runs_from_any_folder(tmp_path):
     assert str(site / "clipfix" / "tiny" / "clip") in shown.stdout, shown.stderr
 
 
+def as_started(*words: str) -> None:
+    sys.argv = ["clipfix", *words]
+    with Path(f"printed-{os.environ['RANK']}").open("w") as printed, redirect_stdout(printed):
+        main()
+
+
 def test_two_devices_score_as_one(clipfix, scenes, tmp_path):
-    """Before and after training, and alone; a world whose pictures fill no whole batch."""
+    """Before and after training, started by Lightning, and alone, by torchrun; pictures that fill no whole batch."""
     two = [scenes, *QUICK, "trainer.devices=2", "trainer.strategy=auto"]
     trained = python_m_clipfix("method=finetune", *two, "hydra.run.dir=fit", cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
@@ -415,7 +422,6 @@ def test_two_devices_score_as_one(clipfix, scenes, tmp_path):
     for column, checkpoint in ("before", []), ("after", ["checkpoint=fit/checkpoints/best.ckpt"]):
         folder, _ = clipfix("run=eval", "trainer=cpu", scenes, *WORLD, *checkpoint)
         assert json.loads((folder / "results.json").read_text())["scores"]["score"] == fit[column]
-    again = python_m_clipfix("run=eval", *two, checkpoint[0], "hydra.run.dir=eval", cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
+    assert on_two_ranks("torchrun", as_started, "run=eval", *two, *checkpoint, "hydra.run.dir=eval") == [0, 0]
     assert json.loads((tmp_path / "eval" / "results.json").read_text())["scores"]["score"] == fit["after"]
-    assert again.stdout.count("Run folder") == 1
+    assert ["Run folder" in (tmp_path / f"printed-{rank}").read_text() for rank in (0, 1)] == [True, False]

@@ -96,7 +96,7 @@ def together(clip_folder, folder, tmp_path_factory):
     for i in range(7):
         picture(i).save(out / "broken" / f"{i}.png")
     (out / "broken" / "5.png").write_bytes(b"none")
-    mp.spawn(worker, (clip_folder, folder, out), nprocs=WORLD)
+    mp.start_processes(worker, (clip_folder, folder, out), nprocs=WORLD, start_method="fork")
     return out
 
 

@@ -261,7 +261,7 @@ class Step(torch.nn.Module):
 
 
 def test_doubles_on_other_ranks_are_found(clip_folder, generator_folder, tmp_path):
-    mp.spawn(worker, (clip_folder, generator_folder, str(tmp_path)), nprocs=4)
+    mp.start_processes(worker, (clip_folder, generator_folder, str(tmp_path)), nprocs=4, start_method="fork")
     for objective in ("sigmoid", "softmax"):
         alone, inputs = build_doubles(objective, clip_folder, generator_folder), doubled(8)
         alone.on_train_batch_start(inputs, 0)
