@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import sys
 import tarfile
 from functools import cache, partial
@@ -25,6 +24,7 @@ from diffusers import AutoencoderKL
 from hydra.utils import get_class
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
+from ports import free_port
 from shards import encoded, pack
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -686,9 +686,7 @@ def test_two_processes_write_what_one_writes(
     clipfix(*arguments, "annotator.output=one")
     capfd.readouterr()
     two = [*arguments, "annotator.output=two", "trainer.devices=2", "trainer.strategy=ddp", "data.workers=1"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=rank, args=(number, port, clipfix, two)) for number in range(2)]
     for process in processes:

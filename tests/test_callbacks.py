@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from ports import free_port
 from torch.utils.data import DataLoader
 
 from clipfix.callbacks import Finite
@@ -91,8 +92,7 @@ def rank(number: int, folder: str, store: str) -> None:
 
 def test_one_rank_that_sees_it_is_enough(tmp_path: Path) -> None:
     """Gradients are averaged before they are asked, so nothing is sent for this."""
-    port = str(torch.distributed.TCPStore("127.0.0.1", 0, is_master=True).port + 1)
-    torch.multiprocessing.start_processes(rank, (str(tmp_path), port), nprocs=2, start_method="fork")
+    torch.multiprocessing.start_processes(rank, (str(tmp_path), str(free_port())), nprocs=2, start_method="fork")
     (first, counted), (second, also) = (torch.load(tmp_path / f"{number}.pt") for number in range(2))
     expected = fit(tmp_path, [[1.0], [3.0]]).weights
     for weights in (first, second):

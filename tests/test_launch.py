@@ -4,7 +4,6 @@ import csv
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from importlib.metadata import PackageNotFoundError
@@ -15,6 +14,7 @@ import pytest
 import torch
 import yaml
 from omegaconf import OmegaConf
+from ports import free_port
 from test_resume import RUN, STEPS, Signal, weights
 from wandb_runs import stored
 
@@ -41,12 +41,6 @@ def started(kind: str, rank: int, port: int, ranks: int = 2) -> dict[str, str]:
         return SLURM | mine | {"SLURM_JOB_ID": str(port), "MASTER_PORT": str(port), "SLURM_NODELIST": "127.0.0.1"}
     world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank % 2)}
     return world | {"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def as_rank(environment: dict[str, str], function, told, *arguments) -> None:

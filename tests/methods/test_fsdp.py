@@ -5,7 +5,6 @@ Processes are forked, so that none imports anything anew.
 """
 
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from ports import free_port
 from small import METHODS, batch, build
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -142,10 +142,9 @@ def worker(rank: int, port: int, clip: str, generator: str, folder: Path) -> Non
 def together(clip_folder, generator_folder, tmp_path_factory) -> Path:
     """The folders of all runs of several ranks, and of one rank beside each."""
     folder = tmp_path_factory.mktemp("fsdp")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(worker, (port, clip_folder, generator_folder, folder), nprocs=4, start_method="fork")
+    mp.start_processes(
+        worker, (free_port(row=50), clip_folder, generator_folder, folder), nprocs=4, start_method="fork"
+    )
     return folder
 
 
