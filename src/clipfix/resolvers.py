@@ -58,7 +58,7 @@ def newest(runs: Path, own: Mapping[str, Any]) -> Path | None:
                 return file.parent
     if wanted and started:
         print(
-            f"None of the {len(started)} runs in {runs} has this recipe, seed, backbone and data.train: a new one "
+            f"No run in {runs} ({len(started)} there) has this recipe, seed, backbone and data.train: a new one "
             "begins. To go on with one of them all the same, give its file: resume=.../checkpoints/last.ckpt"
         )
     return None
