@@ -148,6 +148,7 @@ def test_asked_to_end_it_saves_and_goes_on(number, accumulate, batch, step, worl
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == step
     command(*settings, "resume=auto")
+    assert f" {STEPS * accumulate}/{STEPS * accumulate} " in capsys.readouterr().out  # of the progress bar
     expected = weights(tmp_path / "whole")
     assert all(torch.equal(value, expected[key]) for key, value in weights(run).items())
 

@@ -20,6 +20,12 @@ class Progress(RichProgressBar):
     def _get_train_description(self, current_epoch: int) -> str:
         return "Training"
 
+    @property
+    def total_train_batches(self) -> int | float:
+        """All of the run, in batches; Lightning's is what a resumed run has left, in steps."""
+        steps, batches = self.trainer.max_steps, self.trainer.accumulate_grad_batches
+        return steps * batches if steps > 0 else super().total_train_batches
+
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
