@@ -30,8 +30,8 @@ def run_folder(verb: str, name: str, resume: str | None, *config: Any) -> str:
     runs = Path("outputs", verb if verb == "compare" else name)  # which compares several methods and backbones
 
     def decide() -> str:
-        own = dict(zip(IDENTITY, config, strict=True))
-        return str((resume == "auto" and newest(runs, own)) or new(runs))
+        goes_on = verb == "fit" and resume == "auto"
+        return str((goes_on and newest(runs, dict(zip(IDENTITY, config, strict=True)))) or new(runs))
 
     return ranks.agreed(decide)
 
