@@ -293,8 +293,9 @@ def test_photographs_packed_by_img2dataset(picture, choices, clipfix, tmp_path, 
         (["run=eval", "backbone=folder", "eval=none"], ["backbone.name=..."]),
     ],
 )
-def test_mistakes_get_one_clear_error(arguments, words, clipfix):
+def test_mistakes_get_one_clear_error(arguments, words, clipfix, capsys):
     message = refusal(clipfix, *arguments)
+    assert "Error executing job" not in capsys.readouterr().err  # hydra's way
     assert all(word in message for word in words), message
     assert not list(Path.cwd().glob("outputs/*/*")), "a run that never started left a folder"
 

@@ -25,6 +25,10 @@ from clipfix.verbs import VERBS
 MISTAKES = (HydraException, OmegaConfBaseException, ValueError)
 
 
+class Mistake(BaseException):
+    """Of the user, its cause, on its way to `main`: hydra would announce an Exception in a line of its own."""
+
+
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def run(cfg: DictConfig) -> float | None:
     """One run, or one job of a sweep; what it returns is what a sweeper judges it by."""
@@ -41,12 +45,14 @@ def run(cfg: DictConfig) -> float | None:
         score = verb(cfg, folder)
     except Exception as error:
         close(folder, exit_code=1)
-        full = is_out_of_memory(error)
-        told = ValueError(smaller(cfg, error)) if full else error
+        told: Exception = error
+        if is_out_of_memory(error):
+            told = ValueError(smaller(cfg, error))
+            told.__cause__ = error
         if in_sweep():
             raise failed(told) from None
-        if full:
-            raise told from error
+        if isinstance(told, MISTAKES):
+            raise Mistake from told
         raise
     except BaseException:  # Ctrl-C, or asked to stop
         close(folder, exit_code=1)
@@ -115,9 +121,11 @@ def main() -> None:
             run()
         else:
             sweep(words)
-    except MISTAKES as error:
+    except (Mistake, *MISTAKES) as raised:
+        error = raised.__cause__ if isinstance(raised, Mistake) else raised
+        assert error is not None
         if verbose:
-            raise
+            raise error from error.__cause__
         said = secrets.hidden(one_line(explain(error)))
         sys.exit(f"clipfix: {said}\n(HYDRA_FULL_ERROR=1 shows where this was raised)")
 
