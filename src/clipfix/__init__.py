@@ -7,7 +7,7 @@ methods/      one paper, one file;  functional/  their formulas
 trained.py    which weights train, adapters (LoRA) among them;  wise.py  their mean with the original ones
 evals/        benchmarks: a backbone in, named scores out;  report.py  tables and pictures
 compare/      runs side by side, from results.json and outcomes.py's record of every item
-ranks.py      torchrun, SLURM, sweeps: who else is there;  resolvers.py  what yaml may ask for
+ranks.py      torchrun, SLURM: who else is there;  sweeps.py  many runs;  resolvers.py  what yaml may ask for
 mining/       mined positives for a person to judge
 """
 
