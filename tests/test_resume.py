@@ -10,6 +10,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+import yaml
 
 from clipfix import resolvers
 from clipfix.__main__ import main
@@ -109,6 +110,19 @@ def test_another_seed_or_rate_is_another_run(world, tmp_path, monkeypatch, capsy
     for words, folder in ([], second), (["method.optimizer.lr=0.5"], third), (["seed=1"], first):
         command(world, "method.steps=1", "resume=auto", "trainer.log_every_n_steps=1", *words)
         assert f"Resuming {folder}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["a: 1", "- a", "method: 3\ndata: {train: a}\nbackbone: b", "a: [", ""])
+def test_a_config_of_another_kind_is_passed_over(text, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(text)
+    assert resolvers.newest(tmp_path, {"seed": 0}) is None
+    method = {"_target_": "clipfix.methods.finetune.Finetune"}
+    data = {"train": "a", "batch_size": 8, "texts": {}, "prepare": None}
+    own = {"seed": 0, "wise": None, "method": method, "data": data, "backbone": None}
+    assert resolvers.newest(tmp_path, own) is None
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(own))
+    assert resolvers.newest(tmp_path, own) == tmp_path / "run"
 
 
 def test_runs_of_one_second_have_folders_of_their_own(tmp_path):

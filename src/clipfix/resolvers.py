@@ -69,7 +69,7 @@ def same_run(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Devices, precision and loggers may change: a run may go on elsewhere.
     """
-    with suppress(OmegaConfBaseException, KeyError):
+    with suppress(OmegaConfBaseException, KeyError, TypeError, AttributeError):
         read = {"backbone": config["backbone"], "train": config["data"]["train"]}
         return recipe.repair(config) | recipe.portable(read)
     return {}

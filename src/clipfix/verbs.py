@@ -48,20 +48,21 @@ def fit(cfg: DictConfig, folder: Path) -> float | None:
     from clipfix.wise import WiSE
 
     rated = BeforeAfter(backbone, benchmarks)
+    callbacks = dict(instantiate(cfg.callbacks)) | selection(cfg, folder) | {"before_after": rated}
+    if cfg.wise is not None:
+        callbacks["wise"] = WiSE(cfg.wise)
+    if judged() and "best" not in callbacks:
+        raise ValueError("A sweep by Optuna is judged by the selection split: set data.selection and eval.selection.")
+    loggers = list(instantiate(cfg.logger).values())
+    trainer = instantiate(cfg.trainer, callbacks=[c for c in callbacks.values() if c is not None], logger=loggers)
+    refuse_in_sweep(trainer.strategy)
+
     method, data = method_and_data(cfg, backbone)  # missing shards are named before anything is scored
     method.config_yaml = OmegaConf.to_yaml(shareable(cfg))
-    callbacks = dict(instantiate(cfg.callbacks)) | selection(cfg, folder) | {"before_after": rated}
     watched = callbacks["selection"].benchmarks.values() if "selection" in callbacks else ()
     chosen_by = [source for benchmark in watched for source in benchmark.sources().values()]
     seen = {"data.train": [data.train], "data.selection": [data.selection], "eval.selection": chosen_by}
     provenance.check_splits(benchmarks, seen)
-    if cfg.wise is not None:
-        callbacks["wise"] = WiSE(cfg.wise)
-    loggers = list(instantiate(cfg.logger).values())
-    trainer = instantiate(cfg.trainer, callbacks=[c for c in callbacks.values() if c is not None], logger=loggers)
-    refuse_in_sweep(trainer.strategy)
-    if judged() and "best" not in callbacks:
-        raise ValueError("A sweep by Optuna is judged by the selection split: set data.selection and eval.selection.")
 
     if trainer.is_global_zero:
         (folder / "config.yaml").write_text(method.config_yaml)
