@@ -28,6 +28,7 @@ from torchvision.transforms import functional as tvf
 
 from clipfix.data import ShardData
 from clipfix.decoding import in_unit_range
+from clipfix.needs import Needs
 from clipfix.writing import add_sample
 
 CAPTION = {"caption": {"key": "txt", "pick": "one"}}
@@ -61,7 +62,7 @@ def shards(folder: Path, files: list[bytes], per_shard: int) -> str:
 
 
 def loader(train: str | list[str], image_size: int, workers: int, batch_size: int = 64, shuffle: int = 200) -> Iterator:
-    data = ShardData(train, None, CAPTION, batch_size, workers, shuffle, seed=0, image_size=image_size)
+    data = ShardData(train, None, CAPTION, batch_size, workers, shuffle, seed=0, needs=Needs(image_size))
     data.setup()
     return iter(data.train_dataloader())
 
@@ -204,7 +205,7 @@ def urls(count: int) -> None:
         print("| 100,000 shards given as | listed, s | first batch of 2 workers, s |\n|---|---|---|")
         for name, given in cases.items():
             start = time.perf_counter()
-            data_module = ShardData(given, None, CAPTION, 8, 2, 0, seed=0, image_size=32)
+            data_module = ShardData(given, None, CAPTION, 8, 2, 0, seed=0, needs=Needs(32))
             data_module.setup()
             listed = time.perf_counter() - start
             first = float("nan")

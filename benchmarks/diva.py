@@ -128,7 +128,7 @@ def build(kind: type[DIVA], model: str, folder: str, device: str, checkpointing:
 def stepper(method: DIVA, rows: int, autocast: bool, stored: bool = False) -> Callable[[], float]:
     """Forward, backward and update on one batch of noise pictures, their latents stored or not; returns the loss."""
     optimizer = method.configure_optimizers()["optimizer"]
-    side, device = method.image_size, method.device.type
+    side, device = method.needs.image_size, method.device.type
     batch = {"image": torch.rand(rows, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)}
     if stored:  # as run=annotate annotator=latents leaves them
         batch["latents"] = method.diffusion.encode(batch["image"])
@@ -253,7 +253,7 @@ def split(asked: argparse.Namespace) -> None:
     device, rows = asked.device, asked.batch
     with generator_folder(asked.generator) as folder:
         method = build(DIVA, asked.model, folder, device, dtype="bf16" if asked.bf16 else "fp32")
-    diffusion, side = method.diffusion, method.image_size
+    diffusion, side = method.diffusion, method.needs.image_size
     images = torch.rand(rows, 3, side, side, device=device)
     count = rows * method.draws
     latents = torch.randn(count, *diffusion.encode(images[:1]).shape[1:], device=device)

@@ -100,7 +100,7 @@ def compare_steps(model: str, rows: int, components: int, bf16: bool, repeats: i
         "plain": build(PlainLongCLIP, model, device, **settings),
         "clipfix": build(LongCLIP, model, device, **settings),
     }
-    batch = captions(rows, methods["plain"].image_size, device)
+    batch = captions(rows, methods["plain"].needs.image_size, device)
     steps = {name: stepper(method, batch, bf16) for name, method in methods.items()}
     operations, losses, gradients = {}, {}, {}
     for name, step in steps.items():
@@ -154,7 +154,7 @@ def peak_gb(model: str, rows: int, chunk: int | None) -> float:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if device == "cuda":
         before = torch.cuda.memory_allocated()
-    stepper(method, captions(rows, method.image_size, device), bf16=False)()
+    stepper(method, captions(rows, method.needs.image_size, device), bf16=False)()
     after = (
         torch.cuda.max_memory_allocated()
         if device == "cuda"

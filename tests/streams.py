@@ -13,6 +13,7 @@ from shards import encoded, picture
 
 from clipfix.data import ShardData, ShardStream, beginning
 from clipfix.decoding import Text
+from clipfix.needs import Needs
 from clipfix.shards import expand
 
 CAPTION = {"caption": {"key": "txt", "pick": "one"}}
@@ -20,7 +21,7 @@ CAPTION = {"caption": {"key": "txt", "pick": "one"}}
 
 def shard_data(train: Any, **overrides: Any) -> ShardData:
     arguments = {"selection": None, "texts": CAPTION, "batch_size": 3, "workers": 0, "shuffle": 8, "seed": 0}
-    data = ShardData(train=train, image_size=16, **{**arguments, **overrides})
+    data = ShardData(train=train, **{"needs": Needs(16), **arguments, **overrides})
     data.prepare_data()
     data.setup("fit")
     return data

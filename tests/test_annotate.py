@@ -39,6 +39,7 @@ from clipfix.decoding import decode, samples, square
 from clipfix.diffusion import Diffusion
 from clipfix.evals.embed import embed_images, embed_texts
 from clipfix.evals.features import scoring
+from clipfix.needs import Needs
 from clipfix.shards import read_shard
 
 ROOT = Path(__file__).parents[1]
@@ -450,7 +451,7 @@ def test_training_reads_them_back_for_what_it_draws(clip: Backbone, texts_of: Pa
         "captions": {"key": "captions", "pick": "random", "k": 4},
         "short": {"key": "long", "pick": "first_sentence"},
     }
-    sizes = {"batch_size": 4, "workers": 0, "shuffle": 0, "seed": 0, "image_size": 32}
+    sizes = {"batch_size": 4, "workers": 0, "shuffle": 0, "seed": 0, "needs": Needs(32)}
     data = ShardData(str(tmp_path / "out"), None, texts, features="features.npz", **sizes)
     plain = ShardData(str(tmp_path / "out"), None, texts, **sizes)
     for each in (data, plain):
@@ -509,12 +510,11 @@ def larger(generator_folder: str, tmp_path: Path) -> str:
 
 def reading(folder: Path, diffusion: Diffusion, image_size: int = 32, **changed: Any) -> ShardData:
     """The data of a run that reads stored latents, as `__main__` makes them."""
+    needs = Needs(image_size, latents=partial(diffusion.latents_of, image_size))
     sizes = {"batch_size": 4, "workers": 0, "shuffle": 0, "seed": 0}
     texts = {"caption": {"key": "txt", "pick": "one"}}
-    stored = {"latents": "latent.npz", "latents_of": diffusion.latents_of(image_size)}
-    data = ShardData(
-        str(folder), image_size=image_size, **({"selection": None, "texts": texts} | sizes | stored | changed)
-    )
+    stored = {"latents": "latent.npz", "needs": needs}
+    data = ShardData(str(folder), **({"selection": None, "texts": texts} | sizes | stored | changed))
     data.setup("fit")
     return data
 

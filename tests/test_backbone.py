@@ -236,8 +236,8 @@ def test_texts_are_cut_at_their_end_token_and_counted(tmp_path: Path, kind: str)
     texts = ["a " * number for number in words]
     tokens = backbone.tokenize(texts)
     assert tokens.shape == (4, 16)
-    assert backbone.cut_share(texts, tokens) == 0.5
-    assert backbone.cut_share(texts[3:], tokens[3:]) == 0
+    assert backbone.tokens.cut_share(texts, tokens) == 0.5
+    assert backbone.tokens.cut_share(texts[3:], tokens[3:]) == 0
     assert (tokens == end).sum(dim=1).tolist() == [1, 1, 1, 1]
     short = backbone.tokenize(texts, at_most=5)
     assert short.shape == (4, 16)

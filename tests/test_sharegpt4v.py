@@ -15,6 +15,7 @@ from clipfix import sharegpt4v
 from clipfix.__main__ import main
 from clipfix.data import ShardData
 from clipfix.decoding import samples
+from clipfix.needs import Needs
 from clipfix.sharegpt4v import prepare
 
 NUMBERS = {"held_out": 4, "records_per_shard": 3, "threads": 2}
@@ -220,7 +221,7 @@ def test_pictures_in_the_wrong_place_are_told(corpus: dict[str, Path]) -> None:
 def test_training_reads_the_shards_and_counts_what_is_no_picture(corpus: dict[str, Path]) -> None:
     folder = prepare(**corpus, **NUMBERS)
     texts = {"caption": {"key": "long", "pick": "first_sentence"}, "long": {"key": "long", "pick": "one"}}
-    sizes = {"batch_size": 10, "workers": 0, "shuffle": 0, "seed": 0, "image_size": 16}
+    sizes = {"batch_size": 10, "workers": 0, "shuffle": 0, "seed": 0, "needs": Needs(16)}
     data = ShardData(f"{folder}/train-*.tar", None, texts, **sizes)
     data.prepare_data()
     data.setup("fit")

@@ -6,9 +6,10 @@ pretrained.py finds.
 """
 
 import json
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from hashlib import sha256
-from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clipfix.attention import SelfAttention
 from clipfix.functional.positions import stretch
-from clipfix.packed import encode_packed
+from clipfix.packed import Block, encode_packed, packed_block
 from clipfix.pretrained import (
     CONFIG_FILE,
     WEIGHT_FILES,
@@ -37,6 +39,7 @@ from clipfix.pretrained import (
     tokenizer,
 )
 from clipfix.sharding import shared
+from clipfix.tokenizer import Tokens
 from clipfix.writing import whole
 
 
@@ -48,7 +51,9 @@ class Backbone(nn.Module):
     knows (DIVA's and Long-CLIP's own among them), `random`, or null: the folder's own weights, or random ones for an
     architecture. `context_length` must equal the checkpoint's position table; null takes that of a file. Stretching it
     is a method's work (Long-CLIP), never a side effect of loading. `text_from` is a folder whose text tower and
-    temperature replace this model's own.
+    temperature replace this model's own. `compiled` hands the blocks of both towers to torch.compile: a minute at the
+    start, then faster steps on a GPU (benchmarks/RESULTS.md). It needs a C++ compiler; passes without gradients, few
+    and of other sizes, run as they are.
     """
 
     mean: Tensor
@@ -60,6 +65,7 @@ class Backbone(nn.Module):
         pretrained: str | None = None,
         context_length: int | None = None,
         text_from: str | None = None,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.name = name
@@ -86,6 +92,18 @@ class Backbone(nn.Module):
             teacher = Backbone(text_from)
             self.text.load_state_dict(teacher.text.state_dict())
             self.logit_scale.data.copy_(teacher.logit_scale.data)
+        SelfAttention.take_over(self.model)
+        self.compiled = compiled
+        self._packed_block: Block = packed_block
+        if compiled:
+            self._compile()
+
+    def _compile(self) -> None:
+        """Block by block: all of a tower share one graph, which takes seconds, where a whole tower takes minutes."""
+        towers = [self.visual] if self._packs else [self.visual, self.text]
+        for block in [block for tower in towers for block in _blocks(tower)]:
+            block.compile(dynamic=False)
+        self._packed_block = torch.compile(packed_block, dynamic=True)  # the number of words differs in each batch
 
     @property
     def visual(self) -> nn.Module:
@@ -143,7 +161,8 @@ class Backbone(nn.Module):
 
     def encode_image(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """Pictures in [0, 1] to the joint space, not normalized."""
-        return self.model.encode_image(self._pixels(images))
+        with self._stance():
+            return self.model.encode_image(self._pixels(images))
 
     def visual_tokens(self, images: Float[Tensor, "b 3 h w"]) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b n d"]]:
         """The image embedding and every patch beside it, both in the joint space, from one pass through the tower.
@@ -151,7 +170,11 @@ class Backbone(nn.Module):
         A patch has no embedding of its own in CLIP; it takes the road of the pooled token: final norm, projection.
         Source: DIVA (arXiv 2407.20171) reads its visual condition in this way.
         """
-        pixels, visual = self._pixels(images), self.visual
+        with self._stance():
+            return self._visual_tokens(self._pixels(images))
+
+    def _visual_tokens(self, pixels: Float[Tensor, "b 3 s s"]) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b n d"]]:
+        visual = self.visual
         if isinstance(visual, VisionTransformer) and visual.attn_pool is None and visual.pool_type != "none":
             out = visual.forward_intermediates(pixels, indices=1, normalize_intermediates=True, output_fmt="NLC")
             return out["image_features"], out["image_intermediates"][0] @ visual.proj
@@ -173,34 +196,47 @@ class Backbone(nn.Module):
         the longest would leave most of the work to padding. Towers with other blocks are cut to the longest text;
         open_clip's own forward insists on the full length, hence its four steps are taken here.
         """
+        with self._stance():
+            return self._encode_text(tokens)
+
+    def _encode_text(self, tokens: Int[Tensor, "b l"]) -> Float[Tensor, "b d"]:
         text = self.model.text
-        causal = isinstance(text, TextTransformer) and text.attn_mask is not None and text.cls_emb is None
-        if not (causal and text.pool_type == "argmax" and isinstance(text.text_projection, nn.Parameter)):
+        if not self._cuts:
             return self.model.encode_text(tokens)
-        if all(type(block) is ResidualAttentionBlock for block in text.transformer.resblocks):
-            return encode_packed(text, tokens)
+        if self._packs:
+            return encode_packed(text, tokens, self._packed_block if torch.is_grad_enabled() else packed_block)
         length = int(tokens.argmax(dim=1).max()) + 1
         tokens = tokens[:, :length]
         x, mask = text._embeds(tokens)
         x = text.ln_final(text.transformer(x, attn_mask=mask[:length, :length]))
         return text_global_pool(x, tokens, pool_type="argmax") @ text.text_projection
 
+    @property
+    def _cuts(self) -> bool:
+        """Whether what stands behind a text's end token cannot reach its feature."""
+        text = self.model.text
+        causal = isinstance(text, TextTransformer) and text.attn_mask is not None and text.cls_emb is None
+        return causal and text.pool_type == "argmax" and isinstance(text.text_projection, nn.Parameter)
+
+    @property
+    def _packs(self) -> bool:
+        """Whether `encode_packed` computes this text tower."""
+        return self._cuts and all(type(block) is ResidualAttentionBlock for block in _blocks(self.text))
+
+    def _stance(self) -> AbstractContextManager[Any]:
+        """Compiled blocks are for training: each other size would be compiled anew, for a few passes."""
+        if self.compiled and not torch.is_grad_enabled():
+            return torch.compiler.set_stance("force_eager")
+        return nullcontext()
+
     def tokenize(self, texts: list[str], at_most: int | None = None) -> Int[Tensor, "b l"]:
-        """Texts to token ids on the model's device, cut to the context length, or before that to `at_most` tokens.
+        """Return the token ids of texts on the model's device (see `Tokens`)."""
+        return self.tokens(texts, at_most).to(self.logit_scale.device)
 
-        A cut text keeps its end token, as far as the model's tokenizer gives one.
-        """
-        tokens = self.tokenizer(texts, min(at_most or self.context_length, self.context_length))
-        padded = F.pad(tokens, (0, self.context_length - tokens.shape[1]), value=self._padding)
-        return padded.to(self.logit_scale.device)
-
-    def cut_share(self, texts: list[str], tokens: Int[Tensor, "b l"]) -> float:
-        """Which share of the texts, tokenized as `tokens`, did not fit the context."""
-        full = (tokens[:, -1] != self._padding).tolist()  # only these are worth a second look
-        if not any(full):
-            return 0.0
-        longer = self.tokenizer(list(compress(texts, full)), self.context_length + 1)
-        return int((longer[:, -1] != self._padding).sum()) / len(texts)
+    @property
+    def tokens(self) -> Tokens:
+        """The tokenizer at the present context length, apart from the model: a loader's worker can hold it."""
+        return Tokens(self.tokenizer, self.context_length)
 
     def as_open_clip(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The weights under the names that open_clip builds from `open_clip_config.json`, and that file's content."""
@@ -229,14 +265,16 @@ class Backbone(nn.Module):
         return (images - self.mean) / self.std
 
     @cached_property
-    def _padding(self) -> int:
-        """The token that fills up the context behind a text."""
-        return int(self.tokenizer([""], self.context_length)[0, -1])
-
-    @cached_property
     def tokenizer(self) -> SimpleTokenizer | HFTokenizer:
         """Built when the first text comes: some tokenizers live on the hub, and a picture needs none."""
         return tokenizer(self.name, self.folder, self.config["text_cfg"], self.context_length)
+
+
+def _blocks(tower: Any) -> Iterable[nn.Module]:
+    """The residual blocks of a tower of open_clip or timm; none of one that has no such list (a ResNet, a BERT)."""
+    if isinstance(tower, TimmModel):
+        return getattr(tower.trunk, "blocks", ())
+    return getattr(getattr(tower, "transformer", None), "resblocks", ())
 
 
 def weights_hash(module: nn.Module) -> str:

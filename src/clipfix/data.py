@@ -9,8 +9,10 @@ function of (seed, pass, sample), so a position (pass, samples taken) says exact
 import copy
 import itertools
 import logging
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, TypedDict
 
 import lightning as L
@@ -22,6 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchvision.transforms import functional as tvf
 
 from clipfix.decoding import Text, check_latents, cropped, decode, in_unit_range, look_up, look_up_latent
+from clipfix.needs import Encode, Needs
 from clipfix.ranks import rank_of
 from clipfix.shards import expand, read_shard
 
@@ -161,12 +164,15 @@ class ShardStream(IterableDataset):
         return sample
 
 
-def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
-    """Images stacked, in bytes; texts sample-major; `position` is where the worker stood after the last sample."""
+def collate(batch: list[dict[str, Any]], encode: tuple[Encode, ...] = ()) -> dict[str, Any]:
+    """Images stacked, in bytes; texts sample-major; `position` is where the worker stood after the last sample.
+
+    What the functions of `encode` make of that joins the batch.
+    """
     features: list[dict[str, Tensor]] = [sample["features"] for sample in batch if "features" in sample]
     joined = {name: torch.cat([found[name] for found in features]) for name in features[0]} if features else {}
     latents: list[Tensor] = [sample["latents"] for sample in batch if "latents" in sample]
-    return {
+    joined_batch = {
         "key": [sample["key"] for sample in batch],
         "image": torch.stack([sample["image"] for sample in batch]),
         "position": batch[-1]["position"],
@@ -175,6 +181,14 @@ def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
         **({"features": joined} if features else {}),
         **({"latents": torch.stack(latents)} if latents else {}),
     }
+    for function in encode:
+        joined_batch |= function(joined_batch)
+    return joined_batch
+
+
+def quiet_worker(_: int) -> None:
+    """tokenizers would warn in every forked worker that it computes on one thread there, which is meant to be so."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 class ShardData(L.LightningDataModule):
@@ -193,14 +207,26 @@ class ShardData(L.LightningDataModule):
         workers: int,
         shuffle: int,
         seed: int,
-        image_size: int,
+        needs: Needs,
         allow_pipe: bool = False,
         prepare: Callable[[], object] | None = None,
         features: str | None = None,
         latents: str | None = None,
-        latents_of: str | None = None,
     ) -> None:
         super().__init__()
+        if absent := [name for name in needs.texts if not texts.get(name)]:
+            raise ValueError(
+                f"The method reads data.texts.{absent[0]}, which this data does not give. Say where it lies in your "
+                f"shards, as in '++data.texts.{absent[0]}={{key: {absent[0]}, pick: one, k: 1}}' (data/README.md), or "
+                "choose another method."
+            )
+        if needs.features and features is None:
+            raise ValueError(
+                "method.reference is null, so its features are read from the shards: write them by run=annotate "
+                "annotator=features (data/README.md) and set data.features=features.npz, or name a reference."
+            )
+        if latents and needs.latents is None:
+            raise ValueError("The method reads no stored latents: set data.latents=null.")
         if prepare is not None and not callable(prepare):
             raise ValueError("data.prepare is to be called when training starts: set data.prepare._partial_=true.")
         self.train, self.selection, self.allow_pipe, self.prepare = train, selection, allow_pipe, prepare
@@ -213,8 +239,8 @@ class ShardData(L.LightningDataModule):
             if value < least:
                 raise ValueError(f"data.{key} is {value}: set {least} or more.")
         self.batch_size, self.workers, self.shuffle = batch_size, workers, shuffle
-        self.seed, self.image_size, self.features = seed, image_size, features
-        self.latents, self.latents_of = latents, latents_of
+        self.seed, self.needs, self.features = seed, needs, features
+        self.latents, self.latents_of = latents, needs.latents() if latents and needs.latents else None
         self.progress = beginning(workers)
 
     def prepare_data(self) -> None:
@@ -242,7 +268,7 @@ class ShardData(L.LightningDataModule):
         stream = ShardStream(
             shards,
             self.texts,
-            self.image_size,
+            self.needs.image_size,
             self.seed,
             self.shuffle,
             rank,
@@ -255,8 +281,9 @@ class ShardData(L.LightningDataModule):
         return DataLoader(
             stream,
             batch_size=self.batch_size,
-            collate_fn=collate,
+            collate_fn=partial(collate, encode=self.needs.encode),
             num_workers=self.workers,
+            worker_init_fn=quiet_worker,
             # One endless iteration needs no persistence; without it, a second one starts from the newest progress.
             persistent_workers=self.workers > 0 and progress is None,
             pin_memory=torch.cuda.is_available(),

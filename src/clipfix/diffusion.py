@@ -8,9 +8,10 @@ ships with this package is such a folder too; only its autoencoder, `PatchPCA`, 
 import json
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +78,16 @@ class PatchPCA(ModelMixin, ConfigMixin):
         return DecoderOutput(sample=self.decoder(latents))
 
 
+class Parts(NamedTuple):
+    """What a latent diffusion model is made of, in the order of diffusers' folders."""
+
+    unet: Any  # UNet2DConditionModel; diffusers hides from type checkers that its models are modules
+    vae: Any  # PatchPCA or AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    scheduler: Any  # DDPMScheduler
+
+
 class Diffusion(nn.Module):
     """A frozen latent diffusion model: its parameters get no gradient, what enters it does.
 
@@ -86,7 +97,8 @@ class Diffusion(nn.Module):
     `dtype` is that of its weights, `auto` bf16 where the device has it; what comes out is fp32. `compiled` hands
     the U-Net's passes that need a gradient to torch.compile; the others, few and of other sizes, run as they are.
     `checkpointing` keeps the U-Net's activations at block borders alone and computes the rest a second time in the
-    backward pass. Neither changes the values.
+    backward pass. `channels_last` lays the U-Net's weights out so that convolutions of a GPU read channels side by
+    side. None of these changes the values beyond rounding.
 
     A folder whose parts do not fit each other, or whose U-Net asks for more than a text, is a ValueError that says so.
 
@@ -100,6 +112,7 @@ class Diffusion(nn.Module):
         dtype: Literal["auto", "fp32", "bf16"] = "fp32",
         compiled: bool = False,
         checkpointing: bool = False,
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
         if dtype not in ("auto", *DTYPES):
@@ -116,29 +129,46 @@ class Diffusion(nn.Module):
                 raise FileNotFoundError(f"no folder {folder / 'tokenizer'}")
             _check_fit(path, **configs)
             vae_class = VAES[configs["vae"]["_class_name"]]
-            self.unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", **weights)
-            self.vae = vae_class.from_pretrained(folder, subfolder="vae", **weights)
-            self.text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", **weights)
-            self.tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
-            # Folders name a sampler; the forward process, all that training needs, is DDPM's in each.
-            self.scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+            parts = Parts(
+                UNet2DConditionModel.from_pretrained(folder, subfolder="unet", **weights),
+                vae_class.from_pretrained(folder, subfolder="vae", **weights),
+                CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", **weights),
+                CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
+                # Folders name a sampler; the forward process, all that training needs, is DDPM's in each.
+                DDPMScheduler.from_pretrained(folder, subfolder="scheduler"),
+            )
         except (OSError, HFValidationError) as error:
             raise ValueError(
                 f"Cannot load the diffusion model {path!r}: {str(error).splitlines()[0]}\nGive a folder in diffusers' "
                 "layout (unet/ vae/ text_encoder/ tokenizer/ scheduler/): diffusion.path=/folder"
             ) from error
-        self.requires_grad_(False).eval()
+        self._take(parts)
         if compiled:
             self.unet.compile(dynamic=False)
         if checkpointing:
             self.unet.enable_gradient_checkpointing()
+        if channels_last:
+            self.unet.to(memory_format=torch.channels_last)
 
+    @classmethod
+    def of(cls, parts: "Parts") -> "Diffusion":
+        """Return a model of parts that are in memory already."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made._take(parts)
+        return made
+
+    def _take(self, parts: "Parts") -> None:
+        self.unet, self.vae, self.text_encoder, self.tokenizer, self.scheduler = parts
+        self.requires_grad_(False).eval()
         self.prediction_type: str = self.scheduler.config.prediction_type
         self.num_timesteps: int = self.scheduler.config.num_train_timesteps
         self.condition_dim: int = self.unet.config.cross_attention_dim
         self.condition_tokens: int = self.tokenizer.model_max_length
+        # Apart from the model, so that a loader's worker can hold it.
+        self.tokenize = partial(_tokenize, self.tokenizer)
         # An AutoencoderKL halves the side between each two of its blocks.
-        patch = vae_class is PatchPCA
+        patch = isinstance(self.vae, PatchPCA)
         shrink = self.vae.config.patch_size if patch else 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.image_size: int = self.unet.config.sample_size * shrink
 
@@ -175,10 +205,11 @@ class Diffusion(nn.Module):
 
     def condition(self, texts: list[str]) -> Float[Tensor, "b t d"]:
         """What the U-Net attends to: the text encoder's last hidden states; those of "" are the null text."""
-        tokens = self.tokenizer(
-            texts, padding="max_length", max_length=self.condition_tokens, truncation=True, return_tensors="pt"
-        ).input_ids
-        return self.text_encoder(tokens.to(self.text_encoder.device)).last_hidden_state.float()
+        return self.encode_text(self.tokenize(texts).to(self.text_encoder.device))
+
+    def encode_text(self, tokens: Int[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
+        """Return the text encoder's last hidden states of token ids, as `tokenize` makes them."""
+        return self.text_encoder(tokens).last_hidden_state.float()
 
     def add_noise(
         self, latents: Float[Tensor, "b c y x"], noise: Float[Tensor, "b c y x"], timesteps: Int[Tensor, " b"]
@@ -246,6 +277,12 @@ class Diffusion(nn.Module):
         """Write the folder that the constructor reads, in `dtype`: own weights, or those given by name instead."""
         parts = self.unet, self.vae, self.text_encoder, self.tokenizer, self.scheduler
         _write(folder, dtype, *parts, weights or {})
+
+
+def _tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Int[Tensor, "b t"]:
+    """Return token ids of texts, cut or padded to the length that the text encoder reads."""
+    length = tokenizer.model_max_length
+    return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
 
 def has_bf16() -> bool:

@@ -101,7 +101,7 @@ class Reconstructions(L.Callback):
         self.drawn_at = step
         with still(pl_module):
             kept = islice(samples(self.shards or (), self.allow_pipe), max(self.count, BATCH))
-            pictures = torch.stack([square(sample["image"], pl_module.image_size) for sample in kept])
+            pictures = torch.stack([square(sample["image"], pl_module.needs.image_size) for sample in kept])
             drawn, pictures = self.reconstruct(pl_module, pictures), pictures[: self.count]
             self.before = drawn if self.before is None else self.before
             rows = {"picture": pictures, "before": self.before} | ({f"after {step} steps": drawn} if step else {})

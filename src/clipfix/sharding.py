@@ -29,7 +29,7 @@ def shard(module: nn.Module, mesh: DeviceMesh) -> None:
     if any(_splits(weight) for part in compiled for weight in part.parameters()):
         raise ValueError(
             "trainer=fsdp gathers weights as a model runs, which a compiled one does not see: set "
-            "method.compiled=false, or choose trainer=ddp."
+            "method.compiled=false and backbone.compiled=false, or choose trainer=ddp."
         )
     for owner in module.modules():
         for name, weight in list(owner.named_parameters(recurse=False)):

@@ -284,21 +284,7 @@ def method_and_data(cfg: DictConfig, backbone: Any) -> tuple[Any, Any]:
         method.configure_optimizers()
     except Exception as error:  # torch raises whatever its arithmetic meets
         raise ValueError(f"method.optimizer: {error}") from error
-    if absent := [name for name in method.reads if not cfg.data.texts.get(name)]:
-        raise ValueError(
-            f"method={choice('method')} reads data.texts.{absent[0]}, which data="
-            f"{choice('data')} does not give. Say where it lies in your shards, as in "
-            f"'++data.texts.{absent[0]}={{key: {absent[0]}, pick: one, k: 1}}' (data/README.md), or choose a method."
-        )
-    if method.reads_features and cfg.data.features is None:
-        raise ValueError(
-            "method.reference is null, so its features are read from the shards: write them by run=annotate "
-            "annotator=features (data/README.md) and set data.features=features.npz, or name a reference."
-        )
-    latents_of = method.latents_of if cfg.data.latents else None  # it reads every weight of an autoencoder
-    if cfg.data.latents and latents_of is None:
-        raise ValueError(f"method={choice('method')} reads no stored latents: set data.latents=null.")
-    data = instantiate(cfg.data, image_size=method.image_size, latents_of=latents_of)
+    data = instantiate(cfg.data, _partial_=True)(needs=method.needs)  # hydra would make a config of a dataclass
     data.prepare_data()
     data.setup("fit")
     return method, data

@@ -49,6 +49,21 @@ def test_ranks_average_to_the_joined_batch():
     torch.testing.assert_close(sum(parts) / 3, contrastive_loss(image, text, image, text, scale, 0))
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("rows", [1, 3, 6])
+def test_some_rows_at_a_time_equal_all_at_once(rows, smoothing):
+    """Loss and every gradient, on a rank that holds rows 2 to 8 of ten."""
+    found = []
+    for largest in (10**6, rows * 10):
+        image, text = (part.requires_grad_() for part in features(10, seed=5))
+        scale = torch.tensor(12.0).double().requires_grad_()
+        loss = contrastive_loss(image[2:9], text[2:9], image, text, scale, 2, smoothing, largest)
+        (3 * loss).backward()
+        found.append((loss.detach(), image.grad, text.grad, scale.grad))
+    for ours, expected in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+
+
 def test_blind_model_scores_log_n():
     """All features alike: every answer has probability 1/n, so the loss is ln n at any scale."""
     same = F.normalize(torch.ones(5, 8), dim=-1)

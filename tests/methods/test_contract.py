@@ -33,7 +33,7 @@ def test_yaml_binds_to_the_constructor(name):
 def test_loss_is_named_finite_terms_and_reaches_every_trained_weight(method):
     """It reads no text that it does not declare."""
     method.seed_draws(0)
-    terms = method.loss({name: part for name, part in batch(4).items() if name in ("image", *method.reads)})
+    terms = method.loss({name: part for name, part in batch(4).items() if name in ("image", *method.needs.texts)})
     assert terms
     assert all(term.shape == () and term.isfinite() for term in terms.values())
     sum(terms.values()).backward()

@@ -50,8 +50,8 @@ def test_loss_is_the_mean_error_of_single_pictures(clip_folder, generator_folder
 
 def test_stored_latents_are_denoised_where_the_autoencoder_stays(clip_folder, generator_folder):
     method, inputs = hearing(clip_folder, generator_folder, fit_autoencoder=False), batch(4)
-    assert method.latents_of == method.diffusion.latents_of(32)
-    assert build("denoise", clip_folder, generator_folder, fit_autoencoder=True).latents_of is None
+    assert method.needs.latents() == method.diffusion.latents_of(32)
+    assert build("denoise", clip_folder, generator_folder, fit_autoencoder=True).needs.latents is None
     losses = []
     for latents in ({}, {"latents": method.diffusion.encode(inputs["image"])}, {"latents": torch.zeros(4, 4, 8, 8)}):
         method.seed_draws(0)

@@ -1,7 +1,9 @@
 """DIVA against a line-by-line slow version on a real small U-Net, its token rules against loops, and its switches."""
 
 import inspect
+import json
 import math
+import shutil
 
 import open_clip
 import pytest
@@ -195,14 +197,15 @@ def test_wrong_settings_say_how_to_fix_them(wrong, message, clip_folder, generat
         build("diva", clip_folder, generator_folder, **wrong)
 
 
-def test_image_size_serves_both_models(clip_folder, generator_folder):
-    method = build("diva", clip_folder, generator_folder)
-    method.diffusion.image_size = 48
-    assert method.image_size == 48
-    bigger = F.interpolate(batch(2)["image"], size=48)
-    method.diffusion.image_size = 32
+def test_image_size_serves_both_models(clip_folder, generator_folder, tmp_path):
+    larger = shutil.copytree(generator_folder, tmp_path / "larger")
+    config = json.loads((larger / "unet/config.json").read_text())
+    (larger / "unet/config.json").write_text(json.dumps(config | {"sample_size": 12}))  # 48 px
+    method = build("diva", clip_folder, str(larger))
+    assert method.needs.image_size == 48
+    assert method.needs.latents() == method.diffusion.latents_of(48)
     method.seed_draws(0)
-    assert method.loss({"image": bigger})["denoising"].isfinite()
+    assert method.loss({"image": F.interpolate(batch(2)["image"], size=48)})["denoising"].isfinite()
 
 
 def test_noise_schedule_is_the_folders(clip_folder, generator_folder):
@@ -316,7 +319,7 @@ def test_one_image_has_no_other(make):
 def test_without_feedback_the_caption_loss_is_finetunes(make, clip_folder, generator_folder):
     method, inputs = make(control="off", caption_weight=1.0), batch(5)
     control = build("finetune", clip_folder, generator_folder, train=["visual"])
-    assert method.reads == ("caption",)
+    assert method.needs.texts == ("caption",)
     found, expected = gradients(method, inputs), gradients(control, inputs)
     assert found.keys() == expected.keys()
     for name in found:
@@ -362,7 +365,7 @@ def test_similarity_anchor_ignores_what_no_text_looks_at():
 @pytest.mark.parametrize("anchor", ["features", "similarities"])
 def test_anchor_starts_at_zero_and_the_original_never_moves_nor_is_saved(anchor, make, tmp_path):
     method, inputs = make(anchor=anchor, anchor_weight=2.0, optimizer={"name": "SGD", "lr": 1.0}), batch(4)
-    assert method.reads == (("caption",) if anchor == "similarities" else ())
+    assert method.needs.texts == (("caption",) if anchor == "similarities" else ())
     before = {name: tensor.clone() for name, tensor in method.original.state_dict().items()}
     assert terms(method, inputs)["anchor"].item() == pytest.approx(0, abs=1e-5)
     fit(method, tmp_path, steps=2)
@@ -536,7 +539,7 @@ def test_condition_of_captions_equals_the_same_by_hand(make):
                 part = slice(token * width, (token + 1) * width)
                 expected = method.visual_proj.weight[part] @ spread + method.visual_proj.bias[part]
                 torch.testing.assert_close(found[i, token], expected + method.null.mean(0), atol=1e-5, rtol=1e-4)
-    assert method.reads == ("captions",)
+    assert method.needs.texts == ("captions",)
 
 
 @pytest.mark.parametrize("optimizer", STRICT, ids=lambda settings: settings["name"])

@@ -133,7 +133,7 @@ def test_known_labels_are_positives_with_and_without_mining(make):
     inputs = batch(6) | {"cluster": ["a", "b", "c"] * 2}
     alone = make(thresholds=None, same="cluster", start_bias=-3.0)
     assert alone.reference is None
-    assert set(alone.reads) == {"captions", "caption", "cluster"}
+    assert set(alone.needs.texts) == {"captions", "caption", "cluster"}
     image, text = features(alone, inputs)
     logits = alone.backbone.logit_scale.exp() * torch.einsum("id,jkd->ijk", image, text) - 3.0
     sign = torch.where((torch.arange(6)[:, None] - torch.arange(6)) % 3 == 0, 1.0, -1.0)[..., None]
@@ -162,8 +162,8 @@ def test_features_of_the_shards_serve_as_well_as_the_reference(make):
     assert read.notes == asked.notes
     with pytest.raises(ValueError, match=r"not of data\.texts\.captions: .*annotator\.keys"):
         total(read, inputs | {"features": {"image": image}})
-    assert read.reads_features
-    assert not asked.reads_features
+    assert read.needs.features
+    assert not asked.needs.features
     plain = total(make(thresholds=NOTHING, start_bias=-3.0).eval(), inputs)
     assert torch.equal(total(read.eval(), inputs), plain), "nothing is mined in validation, whose shards have none"
 

@@ -120,7 +120,9 @@ def test_switches(make):
 def test_share_of_cut_texts_is_noted(make):
     """16 places, two of them for start and end: of 13, 14, 15 and 30 words the last two do not fit."""
     method, inputs = make(keep_tokens=6, ratio=1), batch(4)
-    method.loss(inputs | {"long": ["star " * words for words in (13, 14, 15, 30)]})
+    inputs |= {"long": ["star " * words for words in (13, 14, 15, 30)]}
+    (encode,) = method.needs.encode
+    method.loss(inputs | encode(inputs))
     assert method.notes == {"data/long_cut": 0.5, "data/short_cut": 0.0}
 
 

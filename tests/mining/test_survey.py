@@ -16,6 +16,7 @@ from clipfix.__main__ import main
 from clipfix.data import ShardData
 from clipfix.functional.positives import Frozen, Thresholds, thresholds_for
 from clipfix.mining import survey
+from clipfix.needs import Needs
 
 WANTED = "method.thresholds={image_text: 0.25, supported: 1.9, image_image: 0.9, text_text: 0.5}"
 
@@ -95,7 +96,7 @@ def test_no_sample_is_looked_at_twice(clip_folder, tmp_path):
     """Three batches of eight would begin twenty samples anew."""
     numbered(tmp_path, [20])
     texts = {"caption": {"key": "txt", "pick": "one"}, "captions": {"key": "captions", "pick": "all", "k": 2}}
-    data = ShardData(str(tmp_path), None, texts, batch_size=8, workers=0, shuffle=0, seed=0, image_size=32)
+    data = ShardData(str(tmp_path), None, texts, batch_size=8, workers=0, shuffle=0, seed=0, needs=Needs(32))
     data.setup()
     method = build("fff", clip_folder, "no generator")
     assert survey.collect(method, data, 100)[0].text.shape[:2] == (16, 3)

@@ -9,6 +9,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from clipfix.functional.fused import fused
+
 # Which texts of the samples in a slice are positives of which image: [b, slice, k].
 Positives = Callable[[slice], Bool[Tensor, "b t k"]]
 
@@ -53,6 +55,31 @@ def best_bias(
     return (low + high) / 2
 
 
+def _in_place(
+    entries: Float[Tensor, "b m"], positive: Bool[Tensor, "b m"], scale: Float[Tensor, ""], bias: Float[Tensor, ""]
+) -> tuple[Float[Tensor, " b"], Float[Tensor, "b m"], Float[Tensor, " b"]]:
+    """Return each row's loss, the slope of each entry's loss in its logit, and each row's slopes summed, from cosines.
+
+    One matrix turns from cosines into logits, then into slopes, so that a tile is held once.
+    """
+    sign = positive.to(entries.dtype).mul_(-2).add_(1)  # of the logit in the loss
+    entries.mul_(scale).add_(bias).mul_(sign)
+    loss = F.softplus(entries).sum(dim=1)
+    entries.sigmoid_().mul_(sign)
+    return loss, entries, entries.sum(dim=1)
+
+
+@fused
+def _on_gpu(
+    entries: Float[Tensor, "b m"], positive: Bool[Tensor, "b m"], scale: Float[Tensor, ""], bias: Float[Tensor, ""]
+) -> tuple[Float[Tensor, " b"], Float[Tensor, "b m"], Float[Tensor, " b"]]:
+    """The same as one kernel, which reads each entry once and writes it once."""
+    sign = 1 - 2 * positive.to(entries.dtype)
+    margin = (entries * scale + bias) * sign
+    slope = margin.sigmoid() * sign
+    return F.softplus(margin).sum(dim=1), slope, slope.sum(dim=1)
+
+
 class TiledSigmoid(torch.autograd.Function):
     """Loss and gradients in one pass over tiles: the loss is a sum of entries, so each tile knows its own gradient."""
 
@@ -67,17 +94,16 @@ class TiledSigmoid(torch.autograd.Function):
             for start in range(0, len(text), tile):
                 part = slice(start, start + tile)
                 columns = text[part].detach().flatten(0, 1)
-                sign = positives(part).flatten(1).to(features.dtype).mul_(-2).add_(1)  # of the logit in the loss
-                # One matrix turns from cosines into logits, then into the slope of each entry's loss in its logit.
-                entries = (features @ columns.T).mul_(scale).add_(bias).mul_(sign)
-                total += F.softplus(entries).sum(dim=1).sum(dtype=torch.float64)  # a sum in float64 copies its input
-                entries.sigmoid_().mul_(sign)
-                to_bias += entries.sum(dim=1).sum(dtype=torch.float64)
+                positive = positives(part).flatten(1)
+                entries = features @ columns.T
+                loss, entries, slope = (_on_gpu if entries.is_cuda else _in_place)(entries, positive, scale, bias)
+                total += loss.sum(dtype=torch.float64)  # over rows, as a sum in float64 copies its input
+                to_bias += slope.sum(dtype=torch.float64)
                 if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
                     to_image.addmm_(entries, columns)
                 if ctx.needs_input_grad[1]:
                     to_text[part] = (entries.T @ features).view_as(text[part])
-                del sign, entries  # else they are held while the next tile is mined
+                del positive, entries  # else they are held while the next tile is mined
             to_scale = (to_image * features).sum(dtype=torch.float64)  # the cosines, each times its slope
         gradients = (to_image.mul_(scale), to_text.mul_(scale), to_scale.to(scale.dtype), to_bias.to(bias.dtype))
         ctx.save_for_backward(*gradients)

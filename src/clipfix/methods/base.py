@@ -2,7 +2,8 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -11,7 +12,7 @@ import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
@@ -19,8 +20,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from clipfix.backbone import Backbone
 from clipfix.functional.contrastive import contrastive_loss
+from clipfix.needs import Needs
 from clipfix.ranks import rank_of
 from clipfix.sharding import local, reshard, rows_here, shard, unshard
+from clipfix.tokenizer import TokenizeBatch
 from clipfix.trained import merged
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP (arXiv 2103.00020), section 2.5: the temperature is kept from growing further.
@@ -48,10 +51,8 @@ class Method(L.LightningModule, ABC):
     part after another says so in `stages`; each then has such a schedule of its own.
     """
 
-    # Which of data.texts a batch must carry; checked before anything runs.
-    reads: tuple[str, ...] = ()
-    # Whether it must also bring what `run=annotate annotator=features` stored; checked with them.
-    reads_features = False
+    # What a batch must carry. A constructor sets it; the data module checks it before anything runs.
+    needs: Needs
 
     # A checkpoint holds trained weights only; `on_load_checkpoint` checks that they are exactly those trained here.
     strict_loading = False
@@ -75,30 +76,52 @@ class Method(L.LightningModule, ABC):
         self.seed = torch.initial_seed()
         self.batches_seen = 0
         self.config_yaml = ""
-        self.notes: dict[str, float] = {}
+        self.notes: dict[str, float | Tensor] = {}
         self.frozen_rows: dict[str, Tensor] = {}
 
     @abstractmethod
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Named loss terms of this rank's batch; the step minimizes their sum."""
 
-    @property
-    def image_size(self) -> int:
-        """Side in pixels of the images a batch must carry."""
-        return self.backbone.image_size
+    def clip_needs(self, *texts: str, count_cut: bool = False) -> Needs:
+        """Return the needs of a method that reads the backbone's images, and texts tokenized for its text tower."""
+        encode = (TokenizeBatch(self.backbone.tokens, texts, count_cut=count_cut),) if texts else ()
+        return Needs(self.backbone.image_size, texts, encode)
 
-    @property
-    def latents_of(self) -> str | None:
-        """What stored latents must be of, as `Diffusion.latents_of` says it; None where the method reads none."""
-        return None
+    def tokens(self, batch: Mapping[str, Any], name: str) -> Int[Tensor, "b l"]:
+        """Return the token ids of a named text: those that the loader made, or of the strings of a batch without."""
+        made = batch.get("tokens", {})
+        return made[name] if name in made else self.backbone.tokenize(batch[name])
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         self.seed_draws(self.batches_seen)
-        terms = self.loss(batch)
+        with self.matmul_precision():
+            terms = self.loss(batch)
         self.batches_seen += 1
         return self.log_terms("train", terms, batch)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        with self.matmul_precision():
+            super().backward(loss, *args, **kwargs)
+
+    @contextmanager
+    def matmul_precision(self) -> Iterator[None]:
+        """Let fp32 products of a mixed-precision step on a GPU use TF32: the losses, and what FFF mines.
+
+        Their features come out of towers in half precision, with a tenth of TF32's digits to begin with. Scores are
+        taken outside of a step, in fp32 as ever.
+        """
+        if self.device.type != "cuda" or self.trainer.precision in ("32-true", "64-true"):
+            yield
+            return
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         # The same draws at every check, so that two checks differ by the weights alone.
@@ -106,18 +129,23 @@ class Method(L.LightningModule, ABC):
         self.log_terms("val", self.loss(batch), batch)
 
     def log_terms(self, stage: Literal["train", "val"], terms: dict[str, Tensor], batch: dict[str, Any]) -> Tensor:
-        """Their sum, after logging it and each term: every training step, or the mean over a validation pass."""
+        """Return their sum. Log it and each term: in training the mean over ranks, every `log_every_n_steps`-th step,
+        with one reduction for all values; in validation the mean over a pass."""
         total = torch.stack(list(terms.values())).sum()
+        values: dict[str, float | Tensor] = {f"{stage}/{name}": value.detach() for name, value in terms.items()}
+        values[f"{stage}/loss"] = total.detach()
         if stage == "train":
-            self.log_dict(self.notes, sync_dist=True)
-        for name, value in {**terms, "loss": total}.items():
-            self.log(
-                f"{stage}/{name}",
-                value.detach(),
-                batch_size=self.share(batch),
-                sync_dist=True,
-                prog_bar=name == "loss",
-            )
+            # A reduction makes all ranks, and the device, wait for each other: not in every step, nor one a value.
+            every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+            if self.global_step > 0 and (self.global_step + 1) % max(every, 1):
+                return total
+            values |= self.notes
+            scalars = [torch.as_tensor(value, dtype=total.dtype, device=total.device) for value in values.values()]
+            reduced = self.trainer.strategy.reduce(torch.stack(scalars), reduce_op="mean")
+            values = dict(zip(values, reduced, strict=True))
+        for name, value in values.items():
+            on_bar = name == f"{stage}/loss"
+            self.log(name, value, batch_size=self.share(batch), sync_dist=stage == "val", prog_bar=on_bar)
         return total
 
     def share(self, batch: dict[str, Any]) -> int:
@@ -128,8 +156,8 @@ class Method(L.LightningModule, ABC):
         """
         return len(batch["image"]) * rank_of()[1]
 
-    def note(self, name: str, value: float) -> None:
-        """A fact about this step beside its losses, for the logger."""
+    def note(self, name: str, value: float | Tensor) -> None:
+        """Add a fact about this step beside its losses, for the logger; every rank must note the same names."""
         self.notes[name] = value
 
     def on_train_batch_end(self, *_: Any) -> None:
@@ -209,8 +237,10 @@ class Method(L.LightningModule, ABC):
     def restore_rows(self, *_: Any) -> None:
         for name, rows in self.frozen_rows.items():
             table = self.get_parameter(name)
+            if rows.device != table.device:
+                self.frozen_rows[name] = rows = rows.to(table.device)
             here = rows[rows_here(table)]
-            local(table)[: len(here)] = here.to(table.device)
+            local(table)[: len(here)] = here
 
     def stages(self) -> list[Stage]:
         """What trains when: all that asks for a gradient, from the first step to the last."""
@@ -279,7 +309,7 @@ def check_choice(key: str, value: object, *choices: str | None) -> None:
         raise ValueError(f"method.{key} is {value}: choose {', '.join(names[:-1])} or {names[-1]}.")
 
 
-def by_sample(batch: dict[str, Any], name: str) -> list[list[str]]:
+def by_sample(batch: Mapping[str, Any], name: str) -> list[list[str]]:
     """The texts of that name, those of each sample together."""
     each = len(batch[name]) // len(batch["image"])
     return [batch[name][start : start + each] for start in range(0, len(batch[name]), each)]

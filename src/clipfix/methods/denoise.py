@@ -1,6 +1,8 @@
 """Training a generator: the noise-prediction error of a latent diffusion model on captioned pictures."""
 
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from clipfix.backbone import Backbone
 from clipfix.diffusion import Diffusion
 from clipfix.functional.denoising import denoising_loss
 from clipfix.methods.base import Method, by_sample
+from clipfix.needs import Needs
 
 
 class Denoise(Method):
@@ -24,7 +27,7 @@ class Denoise(Method):
     Source: latent diffusion, arXiv 2112.10752, equation 3; texts dropped for guidance, arXiv 2207.12598, section 3.2.
     """
 
-    reads = ("caption",)
+    no_prompt: Tensor
 
     def __init__(
         self,
@@ -43,19 +46,15 @@ class Denoise(Method):
         self.fit_autoencoder = fit_autoencoder
         self.text_dropout = text_dropout
         self.check_timesteps = check_timesteps
+        size = diffusion.image_size
+        latents = None if fit_autoencoder else partial(diffusion.latents_of, size)
+        self.needs = Needs(size, ("caption",), (Prompts(diffusion.tokenize),), latents=latents)
+        self.register_buffer("no_prompt", diffusion.tokenize([""]), persistent=False)
         backbone.requires_grad_(False)
         diffusion.unet.requires_grad_(True)
         diffusion.text_encoder.requires_grad_(True)
         if compiled:
             diffusion.unet.compile(dynamic=False)
-
-    @property
-    def image_size(self) -> int:
-        return self.diffusion.image_size
-
-    @property
-    def latents_of(self) -> str | None:
-        return None if self.fit_autoencoder else self.diffusion.latents_of(self.image_size)
 
     def trained_names(self) -> set[str]:
         """A fitted autoencoder belongs into the checkpoint, though no gradient reaches it."""
@@ -69,19 +68,19 @@ class Denoise(Method):
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         latents = batch["latents"] if "latents" in batch else self.diffusion.encode(batch["image"])
         dropped = self.draw(torch.rand, rows=len(latents)) < self.text_dropout
-        texts = ["" if drop else text for text, drop in zip(joined_texts(batch), dropped.tolist(), strict=True)]
+        prompts = torch.where(dropped[:, None], self.no_prompt, self.prompts(batch))
         noise = self.draw(torch.randn, rows=len(latents), shape=latents.shape[1:])
         timesteps = self.draw(torch.randint, 0, self.diffusion.num_timesteps, rows=len(latents))
         # On a CPU, fused attention takes many times as long as plain products in the backward pass of bf16.
         with sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext():
-            return {"denoising": self.error(latents, noise, timesteps, self.diffusion.condition(texts))}
+            return {"denoising": self.error(latents, noise, timesteps, self.diffusion.encode_text(prompts))}
 
     @torch.compiler.set_stance("force_eager")  # compiling once more, without gradients, takes longer than these steps
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self.seed_draws(batch_idx)
         latents = self.diffusion.encode(batch["image"])
         noise = self.draw(torch.randn, rows=len(latents), shape=latents.shape[1:])
-        right = self.diffusion.condition(joined_texts(batch))
+        right = self.diffusion.encode_text(self.prompts(batch))
         null = self.diffusion.condition([""]).expand_as(right)
         conditions = {"right": right, "null": null, "shuffled": right.roll(1, dims=0)}
         for timestep in self.check_timesteps:
@@ -89,6 +88,11 @@ class Denoise(Method):
             for name, condition in conditions.items():
                 error = self.error(latents, noise, timesteps, condition)
                 self.log(f"val/t{timestep}_{name}", error, batch_size=self.share(batch), sync_dist=True)
+
+    def prompts(self, batch: dict[str, Any]) -> Int[Tensor, "b t"]:
+        """Token ids for the generator's text encoder, as the loader made them, or of the strings of a batch without."""
+        made = batch if "prompt" in batch else Prompts(self.diffusion.tokenize)(batch)
+        return made["prompt"].to(self.device)
 
     def error(
         self,
@@ -112,6 +116,16 @@ class Denoise(Method):
             self.diffusion.save_pretrained(f"{callback.dirpath}/diffusion", torch.float16, trained)
 
 
-def joined_texts(batch: dict[str, Any]) -> list[str]:
+class Prompts:
+    """Adds `batch["prompt"]`, the token ids of all captions of a picture as one text; for `Needs.encode`."""
+
+    def __init__(self, tokenize: Callable[[list[str]], Tensor]) -> None:
+        self.tokenize = tokenize
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {"prompt": self.tokenize(joined_texts(batch))}
+
+
+def joined_texts(batch: Mapping[str, Any]) -> list[str]:
     """All texts of a picture as one: each captioner's caption says other details, together they say most."""
     return [". ".join(texts) for texts in by_sample(batch, "caption")]

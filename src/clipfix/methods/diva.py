@@ -1,6 +1,7 @@
 """DIVA: a frozen text-to-image diffusion model tells CLIP's visual tower what it missed (arXiv 2407.20171)."""
 
 import copy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -132,7 +133,12 @@ class DIVA(Method):
         self.anchor, self.anchor_weight, self.caption_weight = anchor, anchor_weight, caption_weight
         self.watch_every = watch_every
         short = ("caption",) if caption_weight or anchor == "similarities" else ()
-        self.reads = (*short, "captions") if projection_from == "captions" else short
+        size = max(backbone.image_size, diffusion.image_size)
+        self.needs = replace(
+            self.clip_needs(*short, *(("captions",) if projection_from == "captions" else ())),
+            image_size=size,
+            latents=partial(diffusion.latents_of, size),
+        )
 
         # Random, as from zero all `condition_tokens` on the mean null text would start alike, and stay alike for ever.
         self.visual_proj = nn.Linear(backbone.embed_dim, condition_tokens * diffusion.condition_dim)
@@ -149,14 +155,6 @@ class DIVA(Method):
             backbone.checkpoint_visual()
         # The null text never changes: one pass here instead of one a step.
         self.register_buffer("null", diffusion.condition([""])[0].float(), persistent=False)
-
-    @property
-    def image_size(self) -> int:
-        return max(self.backbone.image_size, self.diffusion.image_size)
-
-    @property
-    def latents_of(self) -> str:
-        return self.diffusion.latents_of(self.image_size)
 
     def stages(self) -> list[Stage]:
         """The projection, then the tower; learned from images, the projection goes on beside the tower."""
@@ -175,7 +173,7 @@ class DIVA(Method):
             return {"denoising": denoising + 0 * idle}
         pooled, patches = self.backbone.visual_tokens(batch["image"])
         image = F.normalize(pooled.float(), dim=-1)
-        text = self.texts(batch["caption"]) if "caption" in self.reads else None
+        text = self.texts(batch, "caption") if "caption" in self.needs.texts else None
         terms = {}
         if self.control != "off":
             condition = self.condition(pooled, patches)
@@ -210,7 +208,7 @@ class DIVA(Method):
     def condition_of_captions(self, batch: dict[str, Any]) -> Float[Tensor, "b m c"]:
         """What the diffusion model is told of each image by its captions, averaged in the joint space."""
         with torch.no_grad():
-            text = self.texts(batch["captions"]).unflatten(0, (len(batch["image"]), -1)).mean(1)
+            text = self.texts(batch, "captions").unflatten(0, (len(batch["image"]), -1)).mean(1)
         return self.project(self.without_gap(text)[:, None])
 
     def without_gap(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
@@ -292,9 +290,9 @@ class DIVA(Method):
 
     # -- what keeps CLIP where it was ---------------------------------------------------------------------------------
 
-    def texts(self, captions: list[str]) -> Float[Tensor, "b d"]:
+    def texts(self, batch: dict[str, Any], name: str) -> Float[Tensor, "b d"]:
         """Captions in the joint space, of unit norm; no gradient reaches their tower."""
-        return F.normalize(self.backbone.encode_text(self.backbone.tokenize(captions)).float(), dim=-1)
+        return F.normalize(self.backbone.encode_text(self.tokens(batch, name)).float(), dim=-1)
 
     def drift(
         self, image: Float[Tensor, "b d"], original: Float[Tensor, "b d"], text: Float[Tensor, "b d"] | None

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from clipfix.functional.positives import Frozen, Positives, Thresholds, itself, 
 from clipfix.functional.sigmoid import best_bias, sigmoid_loss
 from clipfix.methods.base import Method, by_sample, check_choice
 from clipfix.sharding import shared, unsharded
+from clipfix.tokenizer import TokenizeBatch
 
 SAMPLED = 2048  # samples of the first batch from which counts become cosines
 REASONS = ("image_text", "image_image", "text_text")  # conditions that promote a pair, as `Positives` names them
@@ -111,8 +113,15 @@ class FFF(Method):
         self.extra = bars if thresholds_are == "extra" and thresholds else None
         self.start_bias, self.tile = start_bias, tile
         self.register_buffer("bars", torch.tensor(bars))
-        self.reads_features = self.mines and reference is None
-        self.reads = tuple(dict.fromkeys(name for name in (*texts, compare if thresholds else None, same) if name))
+        compared = tuple(dict.fromkeys((*texts, compare))) if thresholds else tuple(texts)
+        self.needs = replace(
+            self.clip_needs(*texts),
+            texts=tuple(dict.fromkeys((*compared, *([same] if same else [])))),
+            features=self.mines and reference is None,
+        )
+        if self.reference is not None:
+            encode = TokenizeBatch(self.reference.tokens, compared, key="reference_tokens")
+            self.needs = replace(self.needs, encode=(*self.needs.encode, encode))
         backbone.requires_grad_(True)
         if start_scale is not None:
             backbone.logit_scale.data.fill_(start_scale).log_()
@@ -156,7 +165,7 @@ class FFF(Method):
                 + many_positives_loss(text.flatten(0, 1), self.gather(image), for_text, scale)
             ) / 2
         for name, count in counts.items():  # in samples, all captions of one counting 1, as `extra` does
-            each = float(count) / (rows * known.captions)
+            each = count / (rows * known.captions)
             self.note(f"positives/{name}_per_image", each)
             self.note(f"positives/{name}_percent", 100 * each / max(1, known.samples - 1))
         return {self.objective: term}
@@ -172,11 +181,11 @@ class FFF(Method):
 
     def encode_texts(self, clip: Backbone, batch: dict[str, Any], names: Iterable[str]) -> dict[str, Tensor]:
         """By name of the text, [b, several, d] of unit norm, from one pass through the tower."""
-        texts = {name: batch[name] for name in names}
-        tokens = clip.tokenize([text for several in texts.values() for text in several])
-        features = F.normalize(clip.encode_text(tokens).float(), dim=-1)
-        parts = features.split([len(several) for several in texts.values()])
-        return {name: part.unflatten(0, (len(batch["image"]), -1)) for name, part in zip(texts, parts, strict=True)}
+        made = batch.get("tokens" if clip is self.backbone else "reference_tokens", {})
+        tokens = {name: made[name] if name in made else clip.tokenize(batch[name]) for name in names}
+        features = F.normalize(clip.encode_text(torch.cat(list(tokens.values()))).float(), dim=-1)
+        parts = features.split([len(rows) for rows in tokens.values()])
+        return {name: part.unflatten(0, (len(batch["image"]), -1)) for name, part in zip(tokens, parts, strict=True)}
 
     # -- what belongs together ----------------------------------------------------------------------------------------
 
@@ -185,7 +194,7 @@ class FFF(Method):
         """What is known of the joined batch, or of this rank's part alone, which asks nothing of other ranks."""
         gather = self.gather if joined else lambda rows: rows
         frozen = same = None
-        if self.mines and (self.training or not self.reads_features):
+        if self.mines and (self.training or not self.needs.features):
             image, texts = self.reference_features(batch)
             text = torch.cat([texts[name] for name in self.names], dim=1)
             frozen = Frozen(gather(image), gather(text), gather(texts[self.compare].mean(dim=1)))

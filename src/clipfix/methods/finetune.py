@@ -19,8 +19,6 @@ class Finetune(Method):
     Source: CLIP (arXiv 2103.00020), figure 3.
     """
 
-    reads = ("caption",)
-
     def __init__(
         self,
         backbone: Backbone,
@@ -33,13 +31,13 @@ class Finetune(Method):
         super().__init__(backbone, optimizer, steps, warmup_steps)
         if not train or not set(train) <= set(PARTS):
             raise ValueError(f"method.train is {list(train)}: name at least one of {', '.join(PARTS)}.")
+        self.needs = self.clip_needs("caption")
         self.label_smoothing = label_smoothing
         backbone.requires_grad_(False)
         for part in train:
             getattr(backbone, part).requires_grad_(True)
 
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        tokens = self.backbone.tokenize(batch["caption"])
         image = F.normalize(self.backbone.encode_image(batch["image"]).float(), dim=-1)
-        text = F.normalize(self.backbone.encode_text(tokens).float(), dim=-1)
+        text = F.normalize(self.backbone.encode_text(self.tokens(batch, "caption")).float(), dim=-1)
         return {"contrastive": self.contrast(image, text, self.label_smoothing)}

@@ -45,8 +45,6 @@ class LongCLIP(Method):
     for both captions over real tokens; the temperature stays below 100 as in all methods here.
     """
 
-    reads = ("caption", "long")
-
     def __init__(
         self,
         backbone: Backbone,
@@ -75,14 +73,16 @@ class LongCLIP(Method):
         backbone.stretch(keep_tokens, ratio)
         backbone.requires_grad_(True)
         self.freeze_rows(backbone.text.get_parameter("positional_embedding"), keep_tokens if ratio > 1 else 0)
+        self.needs = self.clip_needs(*(("long", "caption") if short_weight else ("long",)), count_cut=True)
         if start_scale is not None:
             backbone.logit_scale.data.fill_(start_scale).log_()
 
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        texts = {"long": batch["long"], "short": batch["caption"]} if self.short_weight else {"long": batch["long"]}
-        tokens = {name: self.backbone.tokenize(several) for name, several in texts.items()}
-        for name, rows in tokens.items():
-            self.note(f"data/{name}_cut", self.backbone.cut_share(texts[name], rows))
+        tokens = {"long": self.tokens(batch, "long")}
+        if self.short_weight:
+            tokens["short"] = self.tokens(batch, "caption")
+        for name, share in batch.get("cut", {}).items():
+            self.note(f"data/{'short' if name == 'caption' else name}_cut", share)
         if self.prefix_padding and "short" in tokens:
             tokens["short"] = prefix_padded(tokens["short"], self.draw(torch.rand, rows=len(tokens["short"])))
 
