@@ -4,6 +4,7 @@
     python benchmarks/data.py workers           # 1 and 2 loader processes
     python benchmarks/data.py memory            # resident set over 200,000 small samples
     python benchmarks/data.py urls              # seconds until a list of 100,000 shards is ready
+    python benchmarks/data.py device            # on a GPU: 512 px shards to batches on it, by processes or its decoder
 
 Photographs are crops of those that come with scikit-learn and scikit-image, saved as img2dataset saves them (JPEG,
 quality 95, shorter side 256); every one differs.
@@ -11,6 +12,7 @@ quality 95, shorter side 256); every one differs.
 
 import argparse
 import io
+import os
 import resource
 import statistics
 import tarfile
@@ -21,14 +23,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import alone
+from measure import Results, alone, in_turn, name_of, wait
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import functional as tvf
 
 from clipfix.data import ShardData
-from clipfix.decoding import in_unit_range
+from clipfix.decoding import cropped, in_unit_range
 from clipfix.needs import Needs
+from clipfix.shards import read_shard
 from clipfix.writing import add_sample
 
 CAPTION = {"caption": {"key": "txt", "pick": "one"}}
@@ -216,12 +219,69 @@ def urls(count: int) -> None:
             print(f"| {name} | {listed:.2f} | {first:.2f} |", flush=True)
 
 
+# -- to batches on a device --------------------------------------------------------------------------------------------
+
+
+def to_device(asked: argparse.Namespace) -> None:
+    """Images a second, from shards of 512 px pictures to float batches on the device, with nothing else to do there."""
+    device, batch_size, side = asked.device, 64, asked.size
+    results = Results(f"512 px JPEG to {side} px batches, {name_of(device)}, {os.cpu_count()} cores", asked.json)
+    unique = list(photographs(min(asked.count, 256), 512, 512))
+    files = [unique[number % len(unique)] for number in range(asked.count)]
+    smaller = []
+    for data in unique:
+        image = cropped(Image.open(io.BytesIO(data)).convert("RGB"), side)
+        image.save(buffer := io.BytesIO(), "JPEG", quality=95)
+        smaller.append(buffer.getvalue())
+    with tempfile.TemporaryDirectory() as folder:
+        large, small = Path(folder, "large"), Path(folder, "small")
+        large.mkdir(), small.mkdir()
+        per_shard = asked.count // max(asked.workers)
+        shards(large, files, per_shard)
+        shards(small, [smaller[number % len(smaller)] for number in range(asked.count)], per_shard)
+        steps = asked.count // batch_size
+
+        def loaded(source: Path, workers: int) -> float:
+            batches = loader(str(source), side, workers, batch_size, shuffle=0)
+            for _ in range(2 * max(workers, 1)):  # workers have started, queues are full
+                next(batches)
+            wait(device)
+            start = time.perf_counter()
+            for _ in range(2 * steps):
+                in_unit_range(next(batches)["image"].to(device, non_blocking=True))
+            wait(device)
+            return 2 * steps * batch_size / (time.perf_counter() - start)
+
+        for workers in asked.workers:
+            results.add(f"{workers} loader processes", images_per_second=loaded(large, workers))
+        workers = max(asked.workers)
+        name = f"{workers} loader processes, shards prepared at {side} px"
+        results.add(name, images_per_second=loaded(small, workers))
+        if device == "cuda":
+            bytes_of = [raw["jpg"] for shard in sorted(large.glob("*.tar")) for raw in read_shard(str(shard))]
+
+            def decoded() -> None:
+                for start in range(0, steps * batch_size, batch_size):
+                    encoded = [torch.frombuffer(bytearray(b), dtype=torch.uint8) for b in bytes_of[start:][:batch_size]]
+                    images = torch.stack(decode_jpeg(encoded, ImageReadMode.RGB, device=device))
+                    tvf.resize(images.float().div_(255), [side], tvf.InterpolationMode.BICUBIC, antialias=True)
+
+            decoded()
+            wall, _ = in_turn({"decoded": decoded}, 2, device)
+            name = "decoded and resized on the GPU (torchvision), bytes in memory"
+            results.add(name, images_per_second=steps * batch_size / min(wall["decoded"]))
+    results.show()
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["speed", "workers", "memory", "urls"])
+    parser.add_argument("what", choices=["speed", "workers", "memory", "urls", "device"])
     parser.add_argument("--count", type=int, help="of images, samples or urls")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--workers", type=int, nargs="+", default=[4, 8, 14], help="of device: loader processes")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", help="where the rows of `device` are kept")
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.what == "speed":
@@ -230,5 +290,8 @@ if __name__ == "__main__":
         workers(given.count or 1024, given.size, given.repeats)
     elif given.what == "memory":
         memory(given.count or 200_000)
+    elif given.what == "device":
+        given.count = given.count or 3584
+        to_device(given)
     else:
         urls(given.count or 100_000)

@@ -1,45 +1,43 @@
 """One DIVA step against a plain one: VAE in fp32 and text encoder every step, a pass of tower and U-Net for each draw.
 
-    python benchmarks/diva.py step --bf16 --compile         # tiny CLIP and generator: time, operations, agreement
-    python benchmarks/diva.py step --generator sd21-small --batch 4 --latents     # Stable Diffusion's proportions
-    python benchmarks/diva.py step --model ViT-L-14 --generator sd21-base --batch 16 --autocast --latents --bf16 \
-        --compile --checkpoint --repeats 10 --ceiling 989   # on a GPU; 989 TFLOP/s is an H200's in bf16
+    python benchmarks/diva.py step --compile                # tiny CLIP and generator: time, operations, agreement
+    python benchmarks/diva.py step --generator sd21-small --batch 4               # Stable Diffusion's proportions
+    python benchmarks/diva.py batches step --model ViT-L-14 --generator sd21-base --batch 32 --batches 16 32 64 \
+        --autocast --bf16 --compile                         # on a GPU
     python benchmarks/diva.py split                         # which part a step's time goes to
     python benchmarks/diva.py memory --generator sd21-small # what a step needs, with and without checkpointing
 
-Numbers that were measured are in RESULTS.md. Weights are random, but for the tiny models that ship. Each switch of
-`step` adds a row with all switches before it.
+Numbers that were measured are in RESULTS.md. Weights are random, but for the tiny models that ship. Each row of `step`
+keeps the switches of the rows before it, so that each shows what one more is worth.
 """
 
 import argparse
 import os
 import resource
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from hydra.utils import instantiate
-from measure import alone, matrix_ceiling
+from measure import GB, Results, alone, in_turn, matrix_ceiling, name_of, profile
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from clipfix import CONF, PACKAGE
+from clipfix.attention import SelfAttention
 from clipfix.backbone import Backbone
-from clipfix.diffusion import Diffusion, clip_tokenizer
+from clipfix.diffusion import Diffusion, Parts, clip_tokenizer
 from clipfix.functional.denoising import denoising_loss
 from clipfix.functional.patches import condition_from_tokens
 from clipfix.methods.diva import DIVA
 
-GB = 2**30
 GENERATORS = ("tiny", "sd21-small", "sd21-base")
 
 
@@ -90,53 +88,60 @@ def sd21(small: bool = False) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIP
     return unet, vae, CLIPTextModel(text)
 
 
-@contextmanager
-def generator_folder(name: str) -> Iterator[str]:
-    """A folder that `Diffusion` loads: the one that ships, or random weights, on disk as long as it is needed."""
+def generator(name: str, device: str) -> Diffusion:
+    """The one that ships, or one of Stable Diffusion's shapes with random weights, made on the device."""
     if name == "tiny":
-        yield str(PACKAGE / "tiny" / "diffusion")
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        parts = dict(zip(("unet", "vae", "text_encoder"), sd21(small=name == "sd21-small"), strict=True))
-        parts["tokenizer"] = clip_tokenizer(77)
-        parts["scheduler"] = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-        for part, model in parts.items():
-            model.save_pretrained(f"{folder}/{part}")
-        yield folder
+        return Diffusion(str(PACKAGE / "tiny" / "diffusion")).to(device)
+    torch.manual_seed(0)
+    with torch.device(device):
+        unet, vae, text = sd21(small=name == "sd21-small")
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    return Diffusion.of(Parts(unet, vae, text, clip_tokenizer(77), scheduler)).to(device)
 
 
 # -- a step ------------------------------------------------------------------------------------------------------------
 
 
-def build(kind: type[DIVA], model: str, folder: str, device: str, checkpointing: bool = False, **how: Any) -> DIVA:
-    """`how`: settings of the generator. Weights stay where they are, so that every step does the same."""
+def build(kind: type[DIVA], model: str, diffusion: Diffusion, device: str, checkpointing: bool = False) -> DIVA:
+    """Weights stay where they are, as the rate is zero: every step does the same."""
     torch.manual_seed(0)
-    backbone = Backbone(
-        str(PACKAGE / "tiny" / "clip") if model == "tiny" else model, None if model == "tiny" else "random"
-    )
+    with torch.device(device):
+        backbone = Backbone(
+            str(PACKAGE / "tiny" / "clip") if model == "tiny" else model, None if model == "tiny" else "random"
+        )
     config = OmegaConf.load(CONF / "method" / "diva.yaml")
     settings: dict[str, Any] = {"optimizer": {"lr": 0.0}, "checkpointing": checkpointing, "diffusion": None}
     if model == "tiny":  # as in conf/recipe/diva-tiny-scenes.yaml
         settings |= {"patches": "none", "patch_amount": None, "null_text": "mean"}
     config = OmegaConf.merge(config, {"_target_": f"{kind.__module__}.{kind.__qualname__}", **settings})
-    diffusion = Diffusion(folder, checkpointing=checkpointing, **how)
+    if checkpointing:
+        diffusion.unet.enable_gradient_checkpointing()
     method: DIVA = instantiate(config, backbone=backbone, diffusion=diffusion)
+    if kind is PlainDIVA:
+        for module in method.modules():
+            if type(module) is SelfAttention:
+                module.__class__ = nn.MultiheadAttention
     return method.to(device)
 
 
-def stepper(method: DIVA, rows: int, autocast: bool, stored: bool = False) -> Callable[[], float]:
-    """Forward, backward and update on one batch of noise pictures, their latents stored or not; returns the loss."""
+def pictures(method: DIVA, rows: int, stored: bool) -> dict[str, Any]:
+    """A batch of noise pictures, and their latents where a run would read them from its shards."""
+    side, device = method.needs.image_size, method.device
+    made = torch.rand(rows, 3, side, side, generator=torch.Generator(device).manual_seed(0), device=device)
+    batch = {"image": made}
+    if stored:
+        batch["latents"] = torch.cat([method.diffusion.encode(part) for part in made.split(8)])
+    return batch
+
+
+def stepper(method: DIVA, batch: dict[str, Any], autocast: bool) -> Callable[[], float]:
+    """Forward, backward and update; returns the loss."""
     optimizer = method.configure_optimizers()["optimizer"]
-    side, device = method.needs.image_size, method.device.type
-    batch = {"image": torch.rand(rows, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)}
-    if stored:  # as run=annotate annotator=latents leaves them
-        batch["latents"] = method.diffusion.encode(batch["image"])
 
     def step() -> float:
         method.seed_draws(0)
         optimizer.zero_grad()
-        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        with torch.autocast(method.device.type, torch.bfloat16, enabled=autocast):
             loss = method.loss(batch)["denoising"]
         loss.backward()
         optimizer.step()
@@ -149,100 +154,98 @@ def gradient(method: DIVA) -> Tensor:
     return torch.cat([p.grad.flatten().float() for p in method.parameters() if p.grad is not None])
 
 
-def compare_steps(asked: argparse.Namespace) -> None:
-    """A table: plain, DIVA as it is, and DIVA with one more switch a row."""
+def precision_of(asked: argparse.Namespace) -> torch.dtype:
+    return torch.bfloat16 if asked.autocast else torch.float32
+
+
+def compare_steps(asked: argparse.Namespace, results: Results) -> None:
+    """Plain, DIVA as it is, and DIVA with one more switch a row; plain again after each, as it drifts."""
     device, rows = asked.device, asked.batch
-    switches = [
-        ("latents", {}),
-        ("bf16", {"dtype": "bf16"}),
-        ("compile", {"compiled": True}),
-        ("checkpoint", {"checkpointing": True}),
-    ]
-    with generator_folder(asked.generator) as folder:
-        how: dict[str, Any] = {}
-        methods = {
-            "plain": build(PlainDIVA, asked.model, folder, device),
-            "clipfix": build(DIVA, asked.model, folder, device),
-        }
-        for name, setting in switches:
-            if getattr(asked, name):
-                how |= setting
-                methods[f"+ {name}"] = build(DIVA, asked.model, folder, device, **how)
-    steps = {
-        name: stepper(method, rows, asked.autocast, stored=asked.latents and name.startswith("+"))
-        for name, method in methods.items()
-    }
-    operations, losses, far = {}, {}, {}
-    for name, step in steps.items():
-        with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
-            step()
-        operations[name] = counter.get_total_flops()
-        losses[name] = step()  # compiles
-        found = gradient(methods[name])
-        expected = found if name == "plain" else gradient(methods["plain"])
-        far[name] = float((found - expected).norm() / expected.norm())
-    del found, expected
-    for method in methods.values():
-        method.zero_grad()
+    ceiling = asked.ceiling * 1e12 if asked.ceiling else matrix_ceiling(device, precision_of(asked))
+    results.add("matrix ceiling", note=f"{ceiling / 1e12:.1f} TFLOP/s", ceiling=ceiling)
+    plain, ours = (build(kind, asked.model, generator(asked.generator, device), device) for kind in (PlainDIVA, DIVA))
+    plain_step = stepper(plain, pictures(plain, rows, stored=False), asked.autocast)
+    unet = ours.diffusion.unet
 
-    wall: dict[str, list[float]] = {name: [] for name in steps}
-    cpu: dict[str, list[float]] = {name: [] for name in steps}
-    peak = dict.fromkeys(steps, float("nan"))
-    for _ in range(asked.repeats):  # in turn, so that a machine that drifts drifts for all
-        for name, step in steps.items():
-            if device == "cuda":
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-                others = torch.cuda.memory_allocated() - held(methods[name])
-            start, start_cpu = time.perf_counter(), time.process_time()
-            step()  # ends with .item(), which waits for the device
-            wall[name].append(time.perf_counter() - start)
-            cpu[name].append(time.process_time() - start_cpu)
-            if device == "cuda":
-                peak[name] = (torch.cuda.max_memory_allocated() - others) / GB
-    dtype = torch.bfloat16 if asked.autocast else torch.float32
-    ceiling = asked.ceiling * 1e12 if asked.ceiling else matrix_ceiling(device, dtype)
-    table = Table(
-        title=f"{asked.model} and {asked.generator}, batch {rows}, {methods['plain'].draws} draws, {device}, "
-        f"{torch.get_num_threads()} threads, ceiling {ceiling / 1e12:.2f} TFLOP/s"
-    )
-    columns = (
-        "",
-        "s a step",
-        "images/s",
-        "CPU s",
-        "speed",
-        "TFLOP/image",
-        "of ceiling",
-        "peak GB",
-        "loss",
-        "gradient off",
-    )
-    for column in columns:
-        table.add_column(column, justify="right")
-    clock = wall if device == "cuda" else cpu  # other work on a machine stretches wall time, and CPU time less
-    for name in steps:
-        seconds = median(wall[name])
-        table.add_row(
-            name,
-            f"{seconds:.3f} ({min(wall[name]):.3f} to {max(wall[name]):.3f})",
-            f"{rows / seconds:.2f}",
-            f"{median(cpu[name]):.3f}",
-            f"{median(a / b for a, b in zip(clock['plain'], clock[name], strict=True)):.2f}",
-            f"{operations[name] / rows / 1e12:.4f}",
-            f"{100 * operations[name] / seconds / ceiling:.0f} %",
-            f"{peak[name]:.1f}",
-            f"{losses[name]:.6f}",
-            f"{far[name]:.1e}",
+    def nothing() -> None:
+        pass
+
+    switches: dict[str, Callable[[], object]] = {"clipfix": nothing, "+ stored latents": nothing}
+    if asked.bf16:
+        switches["+ generator in bf16"] = lambda: ours.diffusion.to(torch.bfloat16)
+    switches["+ channels last"] = lambda: unet.to(memory_format=torch.channels_last)
+    if asked.compile:
+        switches["+ torch.compile"] = lambda: unet.compile(dynamic=False)
+    expected: Tensor | None = None
+    for name, switch in {"plain": nothing, **switches}.items():
+        if name != "plain":
+            switch()
+        method = plain if name == "plain" else ours
+        stored = name not in ("plain", "clipfix")
+        step = plain_step if name == "plain" else stepper(ours, pictures(ours, rows, stored), asked.autocast)
+        try:
+            with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
+                step()
+            operations = counter.get_total_flops()
+            begun = time.perf_counter()
+            loss = step()  # compiles
+            first = time.perf_counter() - begun
+            found = gradient(method)
+            expected = found if expected is None else expected
+            far = float((found - expected).norm() / expected.norm())
+            method.zero_grad()
+            wall, peak = in_turn({"plain": plain_step, name: step}, asked.repeats, device)
+            if asked.profile:
+                profile(name, step, device)
+        except torch.cuda.OutOfMemoryError:
+            wall = {}
+        plain.zero_grad()
+        if name not in wall:
+            results.add(f"{name}, batch {rows}", note="out of memory")
+            continue
+        second = median(wall[name])
+        results.add(
+            f"{name}, batch {rows}",
+            images_per_second=rows / second,
+            milliseconds=1000 * second,
+            seconds=wall[name],
+            speedup=median(a / b for a, b in zip(wall["plain"], wall[name], strict=True)),
+            mfu=operations / second / ceiling,
+            peak_gb=peak[name],
+            first_step=first,
+            note=f"{operations / rows / 1e12:.4f} TFLOP/image, loss {loss:.6f}, gradient {far:.0e} off, "
+            f"first step {first:.0f} s",
         )
-    console = Console(width=160)
-    console.print(table)
-    console.print(f"Speed is against plain, by {'wall' if clock is wall else 'CPU'} time, the median over the repeats.")
 
 
-def held(method: DIVA) -> int:
-    """Bytes of a model's weights."""
-    return sum(tensor.nbytes for tensor in [*method.parameters(), *method.buffers()])
+def compare_batches(asked: argparse.Namespace, results: Results) -> None:
+    """The fast path alone, not compiled, on batches of several sizes, until memory ends."""
+    device = asked.device
+    ceiling = asked.ceiling * 1e12 if asked.ceiling else matrix_ceiling(device, precision_of(asked))
+    ours = build(DIVA, asked.model, generator(asked.generator, device), device)
+    if asked.bf16:
+        ours.diffusion.to(torch.bfloat16)
+    ours.diffusion.unet.to(memory_format=torch.channels_last)
+    for rows in asked.batches:
+        step = stepper(ours, pictures(ours, rows, stored=True), asked.autocast)
+        try:
+            with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
+                step()
+            step()
+            wall, peak = in_turn({"step": step}, asked.repeats, device)
+        except torch.cuda.OutOfMemoryError:
+            wall = {}
+        if not wall:
+            results.add(f"batch {rows}", note="out of memory")
+            break
+        second = median(wall["step"])
+        results.add(
+            f"all but torch.compile, batch {rows}",
+            images_per_second=rows / second,
+            milliseconds=1000 * second,
+            mfu=counter.get_total_flops() / second / ceiling,
+            peak_gb=peak["step"],
+        )
 
 
 # -- where the time and the memory go ----------------------------------------------------------------------------------
@@ -251,8 +254,10 @@ def held(method: DIVA) -> int:
 def split(asked: argparse.Namespace) -> None:
     """CPU or device seconds of each part for one batch; the last row is what a frozen U-Net saves."""
     device, rows = asked.device, asked.batch
-    with generator_folder(asked.generator) as folder:
-        method = build(DIVA, asked.model, folder, device, dtype="bf16" if asked.bf16 else "fp32")
+    diffusion = generator(asked.generator, device)
+    if asked.bf16:
+        diffusion.to(torch.bfloat16)
+    method = build(DIVA, asked.model, diffusion, device)
     diffusion, side = method.diffusion, method.needs.image_size
     images = torch.rand(rows, 3, side, side, device=device)
     count = rows * method.draws
@@ -295,9 +300,10 @@ def split(asked: argparse.Namespace) -> None:
     Console(width=120).print(table)
 
 
-def peak_gb(kind: type[DIVA], model: str, folder: str, rows: int, checkpointing: bool) -> float:
+def peak_gb(kind: type[DIVA], model: str, shapes: str, rows: int, checkpointing: bool) -> float:
     """What one step adds to the resident set of a process that holds the models."""
-    step = stepper(build(kind, model, folder, "cpu", checkpointing=checkpointing), rows, autocast=False)
+    method = build(kind, model, generator(shapes, "cpu"), "cpu", checkpointing=checkpointing)
+    step = stepper(method, pictures(method, rows, stored=False), autocast=False)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     step()
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / GB
@@ -309,30 +315,39 @@ def compare_memory(asked: argparse.Namespace) -> None:
     table = Table(title=f"Peak memory of a step, {asked.model} and {asked.generator}, {asked.batch} images")
     for column in ("", "GB"):
         table.add_column(column, justify="right")
-    with generator_folder(asked.generator) as folder:
-        for name, kind, checkpointing in (
-            ("plain", PlainDIVA, False),
-            ("clipfix", DIVA, False),
-            ("both checkpointed", DIVA, True),
-        ):
-            peak = alone(peak_gb, kind, asked.model, folder, asked.batch, checkpointing)
-            table.add_row(name, f"{peak:.2f}")
+    for name, kind, checkpointing in (
+        ("plain", PlainDIVA, False),
+        ("clipfix", DIVA, False),
+        ("both checkpointed", DIVA, True),
+    ):
+        peak = alone(peak_gb, kind, asked.model, asked.generator, asked.batch, checkpointing)
+        table.add_row(name, f"{peak:.2f}")
     Console().print(table)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=["step", "split", "memory"])
+    parser.add_argument("verbs", nargs="+", choices=["step", "batches", "split", "memory"])
     parser.add_argument("--model", default="tiny", help="tiny, or an open_clip architecture such as ViT-L-14")
     parser.add_argument("--generator", choices=GENERATORS, default="tiny")
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batches", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--autocast", action="store_true", help="every row in bf16-mixed, as trainer.precision has it")
-    parser.add_argument("--latents", action="store_true", help="a row more: latents computed before, and stored")
     parser.add_argument("--bf16", action="store_true", help="a row more: the generator's weights in bf16")
     parser.add_argument("--compile", action="store_true", help="a row more: torch.compile, minutes at the start")
-    parser.add_argument("--checkpoint", action="store_true", help="a row more: both models checkpointed")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--ceiling", type=float, help="TFLOP/s of the device; without it, of one matrix product")
+    parser.add_argument("--profile", action="store_true", help="print which kernels each row's time goes to")
+    parser.add_argument("--json", help="where the rows are kept")
     asked = parser.parse_args()
-    {"step": compare_steps, "split": split, "memory": compare_memory}[asked.verb](asked)
+    results = Results(f"DIVA, {asked.model} and {asked.generator}, {name_of(asked.device)}", asked.json)
+    for verb in asked.verbs:
+        if verb in ("split", "memory"):
+            {"split": split, "memory": compare_memory}[verb](asked)
+            continue
+        {"step": compare_steps, "batches": compare_batches}[verb](asked, results)
+        if asked.device == "cuda":
+            torch.cuda.empty_cache()
+    if results.rows:
+        results.show()

@@ -2,7 +2,7 @@
 
     python benchmarks/fff.py mined                          # N = 2048, 4096, 8192; on a CPU the dense one takes 6 GB
     python benchmarks/fff.py mined --samples 8192 --tiles 128 256 512 1024
-    python benchmarks/fff.py own                            # on a GPU, N = 32768: against the siglip-kernel package
+    python benchmarks/fff.py device --samples 32768         # on a GPU: dense, tiled, siglip-kernel; fp32 and TF32
 
 Numbers that were measured are in RESULTS.md. Peaks are what the loss adds to features that are already there: the
 resident set of a process that does nothing else, or the GPU's own count.
@@ -15,14 +15,15 @@ import resource
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import alone
+from measure import GB, Results, alone, in_turn, name_of
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -30,7 +31,6 @@ from torch import Tensor
 from clipfix.functional.positives import Frozen, Thresholds, mine
 from clipfix.functional.sigmoid import sigmoid_loss
 
-GB = 2**30
 BARS = Thresholds(image_text=0.27, supported=0.24, image_image=0.92, text_text=0.99)  # the paper's
 
 
@@ -85,7 +85,7 @@ def tiled(tile: int, counts: Counter[str], known: Frozen, image: Tensor, text: T
     def positives(part: slice) -> Tensor:
         found = mine(known, known.rows(part), BARS, first_row=-part.start)
         for name in ("image_text", "image_image", "text_text"):
-            counts[name] += int(getattr(found, name).count_nonzero())
+            counts[name] += getattr(found, name).count_nonzero()  # a tensor, so that no tile waits for the device
         return found.any()
 
     return sigmoid_loss(image, text, *affine, positives, tile)
@@ -114,8 +114,6 @@ def measure(kind: str, samples: int, captions: int, dim: int, tile: int, repeats
     losses: dict[str, Callable[..., Tensor]] = {
         "dense": dense,
         "tiled": partial(tiled, tile, counts),
-        "tiled_own": partial(tiled_own, tile),
-        "fused_own": fused_own,
     }
 
     def step(known: Frozen, trained: tuple[Tensor, ...]) -> Tensor:
@@ -145,7 +143,7 @@ def measure(kind: str, samples: int, captions: int, dim: int, tile: int, repeats
     if device == "cuda":
         after = torch.cuda.max_memory_allocated()
     torch.save([loss.detach().cpu(), *(tensor.grad.cpu() for tensor in trained)], kept)
-    positives = {name: count / samples for name, count in counts.items()}
+    positives = {name: float(count) / samples for name, count in counts.items()}
     return {"gb": (after - before) / GB, "seconds": min(seconds), "positives": positives}
 
 
@@ -187,21 +185,88 @@ def compare(
         console.print(f"{name}: {count:.2f} positives an image beyond its own {captions}")
 
 
+@contextmanager
+def products(precision: str) -> Iterator[None]:
+    """fp32 products as they are (`highest`), or in TF32 (`high`), as a mixed-precision step takes them."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def on_device(asked: argparse.Namespace) -> None:
+    """Every way in one process: mined pairs dense and tiled, own pairs tiled and by siglip-kernel; fp32 and TF32."""
+    device, (samples,), (tile,) = asked.device, asked.samples, asked.tiles[:1]
+    title = f"FFF's sigmoid loss, N {samples}, {asked.captions} captions, dim {asked.dim}, {name_of(device)}"
+    results = Results(title, asked.json)
+    counts: Counter[str] = Counter()
+    ways: dict[str, Callable[..., Tensor]] = {
+        "mined, dense": dense,
+        "mined, tiled": partial(tiled, tile, counts),
+        "own pairs, tiled": partial(tiled_own, tile),
+    }
+    if device == "cuda" and importlib.util.find_spec("siglip_kernel"):
+        ways["own pairs, siglip-kernel"] = fused_own
+    known, trained = features(samples, asked.captions, asked.dim, device)
+    held = torch.cuda.memory_allocated() / GB if device == "cuda" else 0.0
+    expected: dict[str, list[Tensor]] = {}  # of the first way of each kind of pairs, in fp32
+    for precision in ("highest", "high") if device == "cuda" else ("highest",):
+        wall: dict[str, float] = {}
+        for name, way in ways.items():
+
+            def step(way: Callable[..., Tensor] = way) -> Tensor:
+                for tensor in trained:
+                    tensor.grad = None
+                loss = way(known, *trained)
+                loss.backward()
+                return loss.detach()
+
+            with products(precision):
+                try:
+                    loss = step()  # chooses and compiles kernels
+                    found, peak = in_turn({name: step}, asked.repeats, device)
+                except torch.cuda.OutOfMemoryError:
+                    found = {}
+            label = f"{name}, {'TF32' if precision == 'high' else 'fp32'}"
+            if not found:
+                torch.cuda.empty_cache()
+                results.add(label, note="out of memory")
+                continue
+            values = [loss, *(tensor.grad for tensor in trained)]
+            kind = name.partition(",")[0]
+            others = expected.setdefault(kind, [value.clone() for value in values])
+            far = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(values, others, strict=True))
+            wall[name] = min(found[name])
+            first = next(other for other in ways if other.startswith(kind))
+            results.add(
+                label,
+                milliseconds=1000 * wall[name],
+                speedup=wall[first] / wall[name] if first in wall else None,
+                peak_gb=None if peak[name] is None else peak[name] - held,
+                note=f"loss and gradients {far:.0e} from those of the first way" if far else "",
+            )
+    results.show()
+    steps = (asked.repeats + 1) * (2 if device == "cuda" else 1)
+    for name, count in counts.items():
+        print(f"{name}: {float(count) / samples / steps:.2f} positives an image beyond its own {asked.captions}")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    for verb, sizes in (("mined", [2048, 4096, 8192]), ("own", [32768])):
-        options = verbs.add_parser(verb)
-        options.add_argument("--samples", type=int, nargs="+", default=sizes, help="N, multiples of 4")
-        options.add_argument("--captions", type=int, default=5)
-        options.add_argument("--dim", type=int, default=512)
-        options.add_argument("--tiles", type=int, nargs="+", default=[256])
-        options.add_argument("--repeats", type=int, default=1, help="the least time counts")
-        options.add_argument("--most", type=int, default=sizes[-1], help="the largest N of the other one")
+    parser.add_argument("verb", choices=["mined", "device"])
+    parser.add_argument("--samples", type=int, nargs="+", default=[2048, 4096, 8192], help="N, multiples of 4")
+    parser.add_argument("--captions", type=int, default=5)
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--tiles", type=int, nargs="+", default=[256])
+    parser.add_argument("--repeats", type=int, default=1, help="the least time counts")
+    parser.add_argument("--most", type=int, default=8192, help="the largest N of the dense one")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", help="where the rows of `device` are kept")
     asked = parser.parse_args()
-    if asked.verb == "own" and not (torch.cuda.is_available() and importlib.util.find_spec("siglip_kernel")):
-        raise SystemExit("`own` needs a GPU and the siglip-kernel package: pip install siglip-kernel")
-    # Else glibc keeps freed pieces for itself, and the resident set grows with the number of tiles.
-    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    kinds = ("dense", "tiled") if asked.verb == "mined" else ("fused_own", "tiled_own")
-    compare(*kinds, asked.samples, asked.captions, asked.dim, asked.tiles, asked.repeats, asked.most)
+    if asked.verb == "device":
+        on_device(asked)
+    else:
+        # Else glibc keeps freed pieces for itself, and the resident set grows with the number of tiles.
+        os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+        ways = ("dense", "tiled")
+        compare(*ways, asked.samples, asked.captions, asked.dim, asked.tiles, asked.repeats, asked.most)

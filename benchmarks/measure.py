@@ -1,23 +1,127 @@
-"""What the benchmarks share: a device's ceiling, and a process of its own for a peak."""
+"""What the benchmarks share: a device's ceilings, steps timed in turn, results on disk after every row."""
 
+import json
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
+
+GB = 2**30
+COLUMNS = {  # of a row, and how it is shown
+    "images_per_second": ("images/s", "{:.1f}"),
+    "milliseconds": ("ms a step", "{:.1f}"),
+    "speedup": ("plain / this", "{:.2f}"),
+    "mfu": ("of the ceiling", "{:.0%}"),
+    "peak_gb": ("peak GB", "{:.2f}"),
+    "note": ("", "{}"),
+}
+
+
+class Results:
+    """Rows of one benchmark, shown as a table at the end and written as JSON after each row.
+
+    Whatever stops a benchmark midway, out of memory or out of time, leaves the rows before it.
+    """
+
+    def __init__(self, title: str, path: str | None = None) -> None:
+        self.title, self.path, self.rows = title, path, list[dict[str, Any]]()
+
+    def add(self, name: str, **values: Any) -> None:
+        self.rows.append({"name": name, **values})
+        print(f"{self.title}: {self.rows[-1]}", flush=True)
+        if self.path:
+            Path(self.path).write_text(json.dumps({"title": self.title, "rows": self.rows}, indent=1) + "\n")
+
+    def show(self) -> None:
+        Console(width=160).print(table(self.title, self.rows))
+
+
+def table(title: str, rows: list[dict[str, Any]]) -> Table:
+    """The rows, with those columns that any of them has."""
+    shown = [column for column in COLUMNS if any(row.get(column) is not None for row in rows)]
+    made = Table(title=title, title_justify="left")
+    made.add_column("")
+    for column in shown:
+        made.add_column(COLUMNS[column][0], justify="left" if column == "note" else "right")
+    for row in rows:
+        cells = ("" if row.get(column) is None else COLUMNS[column][1].format(row[column]) for column in shown)
+        made.add_row(row["name"], *cells)
+    return made
+
+
+def wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def name_of(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
 def matrix_ceiling(device: str, dtype: torch.dtype) -> float:
-    """Operations a second of one large matrix product, the best of five."""
-    side = 8192 if device == "cuda" else 2048
+    """Operations a second of one large matrix product of random numbers, the median of ten after three."""
+    side = 8192 if device == "cuda" else 1024
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     seconds = []
-    for _ in range(5):
+    for _ in range(13):
+        wait(device)
         start = time.perf_counter()
-        (left @ right)[0, 0].item()
+        left @ right
+        wait(device)
         seconds.append(time.perf_counter() - start)
-    return 2 * side**3 / min(seconds)
+    return 2 * side**3 / median(seconds[3:])
+
+
+def in_turn(
+    steps: Mapping[str, Callable[[], object]], repeats: int, device: str
+) -> tuple[dict[str, list[float]], dict[str, float | None]]:
+    """Seconds of each step, one after another so that a machine that drifts drifts for all; and its peak GB on a GPU.
+
+    The peak is of everything on the GPU, models that wait for their turn included. A step that runs out of memory has
+    no seconds.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    peak: dict[str, float | None] = dict.fromkeys(steps)
+    failed: set[str] = set()
+    for _ in range(repeats):
+        for name, step in steps.items():
+            if name in failed:
+                continue
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            wait(device)
+            start = time.perf_counter()
+            try:
+                step()
+                wait(device)
+            except torch.cuda.OutOfMemoryError:
+                failed.add(name)
+                torch.cuda.empty_cache()
+                continue
+            seconds[name].append(time.perf_counter() - start)
+            if device == "cuda":
+                peak[name] = torch.cuda.max_memory_allocated() / GB
+    return {name: found for name, found in seconds.items() if found and name not in failed}, peak
+
+
+def profile(name: str, step: Callable[[], object], device: str) -> None:
+    """Print which kernels a step's time goes to."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    gpu = device == "cuda"
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
+    with record(activities=kinds) as found:
+        step()
+        wait(device)
+    by = "self_cuda_time_total" if gpu else "self_cpu_time_total"
+    print(f"{name}\n{found.key_averages().table(sort_by=by, row_limit=30, max_name_column_width=90)}")
 
 
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -240,7 +240,9 @@ class Diffusion(nn.Module):
         # On a CPU, fused attention is slower than plain products in the backward pass of bf16. Activations that
         # are computed a second time are computed outside of this choice, so checkpointing goes without it.
         plain = dtype == torch.bfloat16 and noisy.device.type == "cpu" and not self.unet.is_gradient_checkpointing
-        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+        # Weights in half precision need no autocast, which would compute norms in fp32 and cast around each.
+        casts = nullcontext() if dtype == torch.float32 else torch.autocast(noisy.device.type, enabled=False)
+        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext(), casts:
             return unet(noisy.to(dtype), timesteps, encoder_hidden_states=condition.to(dtype)).sample.float()
 
     @torch.no_grad()

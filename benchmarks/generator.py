@@ -1,0 +1,75 @@
+"""What some minutes of a device buy for the tiny generator: the weights that ship, trained on by `method=denoise`.
+
+    python benchmarks/generator.py --seconds 75 --batch 256         # on a GPU
+    python benchmarks/generator.py --small
+
+The error by timestep on the test split, with the right text, with none and with another picture's, before and after.
+"""
+
+import argparse
+import csv
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from measure import Results, name_of
+
+SMALL = [
+    "method.compiled=false", "method.steps=2", "method.warmup_steps=1", "trainer.val_check_interval=1",
+    "trainer.log_every_n_steps=1", "data.workers=0", "callbacks.samples=null", "trainer.precision=32-true",
+    "data.prepare.train=64", "data.prepare.selection=8", "data.prepare.test=16", "data.prepare.pairs_train=1",
+    "data.prepare.pairs_selection=1", "data.prepare.pairs_test=1", "data.prepare.summaries_test=1",
+]  # fmt: skip
+
+
+def train_on(asked: argparse.Namespace) -> None:
+    results = Results(f"Tiny generator, trained on, {name_of(asked.device)}", asked.json)
+    cores = os.cpu_count() or 1
+    with tempfile.TemporaryDirectory() as folder:
+        words = [
+            "experiment=pretrain_tiny_diffusion", "diffusion=tiny", "method.fit_autoencoder=false", "logger=csv",
+            f"trainer.accelerator={'gpu' if asked.device == 'cuda' else 'cpu'}", "trainer.devices=1",
+            f"data.batch_size={asked.batch}", f"data.prepare.root={folder}/world", f"hydra.run.dir={folder}/run",
+            f"data.prepare.processes={max(1, cores - 2)}", f"data.workers={max(1, min(12, cores - 2))}",
+            f"method.steps={asked.steps}", f"method.optimizer.lr={asked.lr}", "seed=1",
+            f"trainer.val_check_interval={max(1, asked.steps // 4)}",
+        ]  # fmt: skip
+        if asked.small:
+            words += SMALL
+        else:
+            words += [f"+trainer.max_time={{seconds: {asked.seconds}}}", f"data.prepare.train={asked.scenes}"]
+        begun = time.perf_counter()
+        ended = subprocess.run([sys.executable, "-m", "clipfix", *words], check=False)
+        seconds = time.perf_counter() - begun
+        metrics = list(Path(folder).glob("run/metrics/version_0/metrics.csv"))
+        rows = list(csv.DictReader(metrics[0].open())) if metrics else []
+    rates = [float(row["perf/images_per_second"]) for row in rows if row.get("perf/images_per_second")]
+    if rates:
+        results.add("training", images_per_second=sorted(rates)[len(rates) // 2], note=f"{seconds:.0f} s in all")
+    for row in rows:
+        if row.get("val/t500_right"):
+            right, null, other = (float(row[f"val/t500_{name}"]) for name in ("right", "null", "shuffled"))
+            gain = 100 * (1 - right / null)
+            note = f"right text {right:.4f}, none {null:.4f}, another's {other:.4f}: {gain:.1f} % below none"
+            results.add(f"error at t = 500 after step {row['step']}", note=note)
+    if ended.returncode:
+        results.add("the run failed", note=f"exit code {ended.returncode}, {seconds:.0f} s")
+    results.show()
+    sys.exit(ended.returncode)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=int, default=120, help="of training, at most")
+    parser.add_argument("--steps", type=int, default=4000, help="along which the rate falls to zero")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--scenes", type=int, default=32768)
+    parser.add_argument("--lr", type=float, default=7e-4)
+    parser.add_argument("--small", action="store_true", help="two steps of a world of a few pictures")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", help="where the rows are kept")
+    train_on(parser.parse_args())

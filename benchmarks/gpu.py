@@ -1,0 +1,154 @@
+"""All numbers of a GPU in one command, within eight minutes of it.
+
+    python benchmarks/gpu.py                        # one GPU, bf16; results in outputs/gpu
+    python benchmarks/gpu.py --small                # tiny shapes on a CPU: does everything run? Three minutes
+    python benchmarks/gpu.py --parts diva losses    # some parts only
+
+Each part is a command of its own with its own time limit, in order of worth: one that fails, or is cut off, leaves the
+rows of the others, and its own up to there. `results.json` is written after each part; the table comes last. It needs
+no network and no model hub. From a plain folder: `PYTHONPATH=src python benchmarks/gpu.py`; `wheels.py` fetches what a
+machine with torch alone still lacks.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).parent
+PUBLISHED = (  # to stand beside ours: images a second
+    ("published: CLIP ViT-g/14, A100", 70), ("published: CLIP ViT-g/14, H100", 117),
+    ("published: CLIP ViT-B/32, A100", 785), ("published: CLIP ViT-B/16, A100", 337),
+    ("published: Stable Diffusion 2 U-Net, 512 px, stored latents, A100", 36),
+)  # fmt: skip
+
+
+class Part(NamedTuple):
+    """A command, the same with tiny shapes, and the seconds after which it is stopped."""
+
+    command: str
+    small: str
+    seconds: int
+
+
+PARTS = {
+    "tests": Part("-m pytest -m gpu -q -p no:cacheprovider tests/gpu", "-m pytest -m gpu -q tests/gpu", 75),
+    "longclip": Part(
+        "benchmarks/longclip.py step chunks --model ViT-L-14 --batch 256 --components 32 --bf16 --compile --repeats 5 "
+        "--chunk 256 --batches 2048 8192",
+        "benchmarks/longclip.py step chunks --model tiny --batch 8 --components 2 --repeats 1 --chunk 4 --batches 8",
+        110,
+    ),
+    "diva": Part(
+        "benchmarks/diva.py batches step --model ViT-L-14 --generator sd21-base --batch 32 --batches 16 64 "
+        "--autocast --bf16 --compile --repeats 3",
+        "benchmarks/diva.py batches step --batch 2 --batches 2 --repeats 1",
+        170,
+    ),
+    "fff": Part(
+        "benchmarks/fff.py device --samples 32768 --repeats 3",
+        "benchmarks/fff.py device --samples 128 --repeats 1",
+        40,
+    ),
+    "contrastive": Part("benchmarks/contrastive.py", "benchmarks/contrastive.py --samples 128 --repeats 1", 30),
+    "data": Part(
+        "benchmarks/data.py device --count 3584 --workers 4 14",
+        "benchmarks/data.py device --count 64 --size 32 --workers 0 1",
+        45,
+    ),
+    "generator": Part(
+        "benchmarks/generator.py --seconds 75 --batch 256 --scenes 8192", "benchmarks/generator.py --small", 130
+    ),
+}
+
+
+def run(name: str, part: Part, folder: Path, small: bool, more: list[str]) -> dict[str, Any]:
+    """Run one part, its output in `<name>.log`; return its rows, how it ended and how long it took."""
+    command = (part.small if small else part.command).split()
+    rows = folder / f"{name}.json"
+    rows.unlink(missing_ok=True)
+    if name != "tests":
+        command += ["--json", str(rows)]
+    if name in ("longclip", "diva"):
+        command += more
+    begun, ended = time.perf_counter(), "done"
+    paths = os.pathsep.join([str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")])
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    environment |= {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", "WANDB_MODE": "offline"}
+    with (folder / f"{name}.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, *command], stdout=log, stderr=subprocess.STDOUT, cwd=HERE.parent, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            if process.wait(part.seconds * (4 if small else 1)):
+                ended = f"failed with {process.returncode}"
+        except subprocess.TimeoutExpired:
+            ended = f"stopped after {part.seconds} s"
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    seconds = time.perf_counter() - begun
+    found = json.loads(rows.read_text()) if rows.exists() else {"title": name, "rows": []}
+    lines = (folder / f"{name}.log").read_text().splitlines()
+    tail = [line for line in lines if line.strip()][-1:] if name == "tests" else []
+    if tail:
+        found["rows"] = [{"name": "pytest -m gpu", "note": tail[0]}]
+    print(f"{name}: {ended}, {seconds:.0f} s", flush=True)
+    if ended != "done":
+        print("\n".join(lines[-25:]), flush=True)
+    return {**found, "command": " ".join(["python", *command]), "ended": ended, "seconds": round(seconds, 1)}
+
+
+def facts() -> dict[str, str]:
+    """Where the numbers come from. In a process of its own, which holds no memory of the GPU afterwards."""
+    code = (
+        "import torch; gpu = torch.cuda.is_available();"
+        "print(torch.cuda.get_device_name() if gpu else 'CPU', torch.__version__, torch.version.cuda, sep='|')"
+    )
+    device, torch, cuda = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip().split("|")  # fmt: skip
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=HERE)
+    commit = git.stdout.strip() or os.environ.get("CLIPFIX_COMMIT", "unknown")
+    return {"device": device, "torch": torch, "cuda": cuda, "python": platform.python_version(), "commit": commit}
+
+
+def main(asked: argparse.Namespace) -> None:
+    folder = Path(asked.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {**facts(), "small": asked.small, "parts": {}}
+    begun = time.perf_counter()
+    for name in asked.parts:
+        results["parts"][name] = run(name, PARTS[name], folder, asked.small, ["--profile"] if asked.profile else [])
+        results["seconds"] = round(time.perf_counter() - begun, 1)
+        (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    from measure import table
+    from rich.console import Console
+
+    console = Console(width=150)
+    for part in results["parts"].values():
+        console.print(table(f"{part['title']} ({part['ended']}, {part['seconds']:.0f} s)", part["rows"]))
+    if not asked.small:
+        rows = [{"name": name, "images_per_second": rate} for name, rate in PUBLISHED]
+        console.print(table("Published rates, as their authors give them", rows))
+    about = ", ".join(f"{key} {results[key]}" for key in ("device", "torch", "cuda", "python", "commit"))
+    console.print(f"{about}; {results['seconds']:.0f} s in all. {folder}/results.json", soft_wrap=True)
+    if asked.small and any(part["ended"] != "done" for part in results["parts"].values()):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="tiny shapes, on a CPU too; a part that fails is an error")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--profile", action="store_true", help="kernels of Long-CLIP's and DIVA's steps, in their logs")
+    parser.add_argument("--output", default="outputs/gpu", help="folder of results.json and the logs")
+    main(parser.parse_args())
