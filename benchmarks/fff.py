@@ -196,15 +196,13 @@ def products(precision: str) -> Iterator[None]:
 
 def on_device(asked: argparse.Namespace) -> None:
     """Every way in one process: mined pairs dense and tiled, own pairs tiled and by siglip-kernel; fp32 and TF32."""
-    device, (samples,), (tile,) = asked.device, asked.samples, asked.tiles[:1]
+    device, (samples,) = asked.device, asked.samples
     title = f"FFF's sigmoid loss, N {samples}, {asked.captions} captions, dim {asked.dim}, {name_of(device)}"
     results = Results(title, asked.json)
     counts: Counter[str] = Counter()
-    ways: dict[str, Callable[..., Tensor]] = {
-        "mined, dense": dense,
-        "mined, tiled": partial(tiled, tile, counts),
-        "own pairs, tiled": partial(tiled_own, tile),
-    }
+    ways: dict[str, Callable[..., Tensor]] = {"mined, dense": dense}
+    ways |= {f"mined, tiles of {tile}": partial(tiled, tile, counts) for tile in asked.tiles}
+    ways |= {f"own pairs, tiles of {tile}": partial(tiled_own, tile) for tile in asked.tiles}
     if device == "cuda" and importlib.util.find_spec("siglip_kernel"):
         ways["own pairs, siglip-kernel"] = fused_own
     known, trained = features(samples, asked.captions, asked.dim, device)
@@ -246,7 +244,7 @@ def on_device(asked: argparse.Namespace) -> None:
                 note=f"loss and gradients {far:.0e} from those of the first way" if far else "",
             )
     results.show()
-    steps = (asked.repeats + 1) * (2 if device == "cuda" else 1)
+    steps = (asked.repeats + 1) * (2 if device == "cuda" else 1) * len(asked.tiles)
     for name, count in counts.items():
         print(f"{name}: {float(count) / samples / steps:.2f} positives an image beyond its own {asked.captions}")
 

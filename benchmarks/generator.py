@@ -19,8 +19,8 @@ import torch
 from measure import Results, name_of
 
 SMALL = [
-    "method.compiled=false", "method.steps=2", "method.warmup_steps=1", "trainer.val_check_interval=1",
-    "trainer.log_every_n_steps=1", "data.workers=0", "callbacks.samples=null", "trainer.precision=32-true",
+    "method.steps=2", "method.warmup_steps=1", "trainer.val_check_interval=1",
+    "trainer.log_every_n_steps=1", "data.workers=0", "trainer.precision=32-true",
     "data.prepare.train=64", "data.prepare.selection=8", "data.prepare.test=16", "data.prepare.pairs_train=1",
     "data.prepare.pairs_selection=1", "data.prepare.pairs_test=1", "data.prepare.summaries_test=1",
 ]  # fmt: skip
@@ -35,7 +35,7 @@ def train_on(asked: argparse.Namespace) -> None:
             f"trainer.accelerator={'gpu' if asked.device == 'cuda' else 'cpu'}", "trainer.devices=1",
             f"data.batch_size={asked.batch}", f"data.prepare.root={folder}/world", f"hydra.run.dir={folder}/run",
             f"data.prepare.processes={max(1, cores - 2)}", f"data.workers={max(1, min(12, cores - 2))}",
-            f"method.steps={asked.steps}", f"method.optimizer.lr={asked.lr}", "seed=1",
+            "method.compiled=false", f"method.steps={asked.steps}", f"method.optimizer.lr={asked.lr}", "seed=1", "callbacks.samples=null",
             f"trainer.val_check_interval={max(1, asked.steps // 4)}",
         ]  # fmt: skip
         if asked.small:

@@ -39,32 +39,34 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "tests": Part("-m pytest -m gpu -q -p no:cacheprovider tests/gpu", "-m pytest -m gpu -q tests/gpu", 75),
+    "tests": Part("-m pytest -m gpu -q -p no:cacheprovider tests/gpu", "-m pytest -m gpu -q tests/gpu", 65),
     "longclip": Part(
         "benchmarks/longclip.py step chunks --model ViT-L-14 --batch 256 --components 32 --bf16 --compile --repeats 5 "
-        "--chunk 256 --batches 2048 8192",
+        "--chunk 256 --batches 2048 4096",
         "benchmarks/longclip.py step chunks --model tiny --batch 8 --components 2 --repeats 1 --chunk 4 --batches 8",
-        110,
+        75,
     ),
     "diva": Part(
-        "benchmarks/diva.py batches step --model ViT-L-14 --generator sd21-base --batch 32 --batches 16 64 "
+        "benchmarks/diva.py step batches --model ViT-L-14 --generator sd21-base --batch 32 --batches 16 64 "
         "--autocast --bf16 --compile --repeats 3",
-        "benchmarks/diva.py batches step --batch 2 --batches 2 --repeats 1",
-        170,
+        "benchmarks/diva.py step batches --batch 2 --batches 2 --repeats 1",
+        200,
     ),
     "fff": Part(
-        "benchmarks/fff.py device --samples 32768 --repeats 3",
+        "benchmarks/fff.py device --samples 32768 --tiles 256 1024 --repeats 3",
         "benchmarks/fff.py device --samples 128 --repeats 1",
-        40,
+        30,
     ),
-    "contrastive": Part("benchmarks/contrastive.py", "benchmarks/contrastive.py --samples 128 --repeats 1", 30),
+    "contrastive": Part("benchmarks/contrastive.py", "benchmarks/contrastive.py --samples 128 --repeats 1", 20),
     "data": Part(
         "benchmarks/data.py device --count 3584 --workers 4 14",
         "benchmarks/data.py device --count 64 --size 32 --workers 0 1",
-        45,
+        35,
     ),
     "generator": Part(
-        "benchmarks/generator.py --seconds 75 --batch 256 --scenes 8192", "benchmarks/generator.py --small", 130
+        "benchmarks/generator.py --seconds 60 --batch 512 --scenes 8192 --steps 1000",
+        "benchmarks/generator.py --small",
+        95,
     ),
 }
 

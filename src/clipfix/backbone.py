@@ -93,13 +93,17 @@ class Backbone(nn.Module):
             self.text.load_state_dict(teacher.text.state_dict())
             self.logit_scale.data.copy_(teacher.logit_scale.data)
         SelfAttention.take_over(self.model)
-        self.compiled = compiled
+        self.compiled = False
         self._packed_block: Block = packed_block
         if compiled:
-            self._compile()
+            self.compile_blocks()
 
-    def _compile(self) -> None:
-        """Block by block: all of a tower share one graph, which takes seconds, where a whole tower takes minutes."""
+    def compile_blocks(self) -> None:
+        """Hand the blocks of both towers to torch.compile, for passes with gradients.
+
+        Block by block: all of a tower share one graph, which takes seconds, where a whole tower takes minutes.
+        """
+        self.compiled = True
         towers = [self.visual] if self._packs else [self.visual, self.text]
         for block in [block for tower in towers for block in _blocks(tower)]:
             block.compile(dynamic=False)

@@ -284,7 +284,7 @@ def test_batches_are_pinned_with_their_tokens(workers, clip_folder, tmp_path) ->
 
 
 def test_bytes_become_the_same_floats_on_a_gpu() -> None:
-    every = torch.arange(256, dtype=torch.uint8).repeat(3, 1)[None, :, None]
+    every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(1, 3, 1, 1)
     assert torch.equal(in_unit_range(every.cuda()).cpu(), in_unit_range(every))
 
 

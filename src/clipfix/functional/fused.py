@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from inspect import unwrap
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @cache
-    def compiled() -> Callable[..., Any]:
-        return torch.compile(function)  # on first use, as the compiler takes seconds to import
+    def compiled() -> Callable[..., Any]:  # on first use, as the compiler takes seconds to import
+        return torch.compile(unwrap(function))  # without the checks of shapes that tests put around it
 
     def call(first: torch.Tensor, *rest: Any) -> Any:
         return (compiled() if first.is_cuda and can_compile() else function)(first, *rest)
