@@ -14,11 +14,11 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from fff import products
 from measure import GB, Results, in_turn, name_of
 from torch import Tensor
 
 from clipfix.functional.contrastive import LARGEST, contrastive_loss
+from clipfix.precision import fp32_products
 
 SCALE = 100.0
 
@@ -53,15 +53,15 @@ def compare(asked: argparse.Namespace) -> None:
                 loss.backward()
                 return loss.detach()
 
-            with products(precision):
+            with fp32_products(precision):
                 try:
                     loss = step()
                     wall, peak = in_turn({name: step}, asked.repeats, device)
-                except torch.cuda.OutOfMemoryError:
-                    wall = {}
+                except Exception as error:  # out of memory; or, of memeff, a kernel too large for this GPU
+                    wall, why = {}, str(error).partition("\n")[0][:100]
             label = f"{name}, {'TF32' if precision == 'high' else 'fp32'}"
             if not wall:
-                results.add(label, note="out of memory")
+                results.add(label, note=why)
                 continue
             values = [loss, *(tensor.grad for tensor in trained)]
             expected = expected or [None if value is None else value.clone() for value in values]

@@ -15,8 +15,7 @@ import resource
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from clipfix.functional.positives import Frozen, Thresholds, mine
 from clipfix.functional.sigmoid import sigmoid_loss
+from clipfix.precision import fp32_products
 
 BARS = Thresholds(image_text=0.27, supported=0.24, image_image=0.92, text_text=0.99)  # the paper's
 
@@ -83,7 +83,8 @@ def tiled(tile: int, counts: Counter[str], known: Frozen, image: Tensor, text: T
     """As FFF does, counts included."""
 
     def positives(part: slice) -> Tensor:
-        found = mine(known, known.rows(part), BARS, first_row=-part.start)
+        with fp32_products("highest"):
+            found = mine(known, known.rows(part), BARS, first_row=-part.start)
         for name in ("image_text", "image_image", "text_text"):
             counts[name] += getattr(found, name).count_nonzero()  # a tensor, so that no tile waits for the device
         return found.any()
@@ -185,15 +186,6 @@ def compare(
         console.print(f"{name}: {count:.2f} positives an image beyond its own {captions}")
 
 
-@contextmanager
-def products(precision: str) -> Iterator[None]:
-    """fp32 products as they are (`highest`), or in TF32 (`high`), as a mixed-precision step takes them."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
 def on_device(asked: argparse.Namespace) -> None:
     """Every way in one process: mined pairs dense and tiled, own pairs tiled and by siglip-kernel; fp32 and TF32."""
     device, (samples,) = asked.device, asked.samples
@@ -219,7 +211,7 @@ def on_device(asked: argparse.Namespace) -> None:
                 loss.backward()
                 return loss.detach()
 
-            with products(precision):
+            with fp32_products(precision):
                 try:
                     loss = step()  # chooses and compiles kernels
                     found, peak = in_turn({name: step}, asked.repeats, device)

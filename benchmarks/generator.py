@@ -35,13 +35,13 @@ def train_on(asked: argparse.Namespace) -> None:
             f"trainer.accelerator={'gpu' if asked.device == 'cuda' else 'cpu'}", "trainer.devices=1",
             f"data.batch_size={asked.batch}", f"data.prepare.root={folder}/world", f"hydra.run.dir={folder}/run",
             f"data.prepare.processes={max(1, cores - 2)}", f"data.workers={max(1, min(12, cores - 2))}",
-            "method.compiled=false", f"method.steps={asked.steps}", f"method.optimizer.lr={asked.lr}", "seed=1", "callbacks.samples=null",
+            "method.compiled=false", f"method.steps={asked.steps}", f"method.optimizer.lr={asked.lr}", "seed=1",
+            "callbacks.samples=null",
             f"trainer.val_check_interval={max(1, asked.steps // 4)}",
         ]  # fmt: skip
-        if asked.small:
-            words += SMALL
-        else:
-            words += [f"+trainer.max_time={{seconds: {asked.seconds}}}", f"data.prepare.train={asked.scenes}"]
+        minutes, rest = divmod(asked.seconds, 60)
+        words += [f"+trainer.max_time=00:00:{minutes:02d}:{rest:02d}", f"data.prepare.train={asked.scenes}"]
+        words += SMALL if asked.small else []
         begun = time.perf_counter()
         ended = subprocess.run([sys.executable, "-m", "clipfix", *words], check=False)
         seconds = time.perf_counter() - begun

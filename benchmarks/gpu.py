@@ -39,18 +39,20 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "tests": Part("-m pytest -m gpu -q -p no:cacheprovider tests/gpu", "-m pytest -m gpu -q tests/gpu", 65),
+    "tests": Part(
+        "-m pytest -m gpu -q -p no:cacheprovider --durations=10 tests/gpu", "-m pytest -m gpu -q tests/gpu", 80
+    ),
     "longclip": Part(
         "benchmarks/longclip.py step chunks --model ViT-L-14 --batch 256 --components 32 --bf16 --compile --repeats 5 "
-        "--chunk 256 --batches 2048 4096",
+        "--chunk 256 --batches 2048",
         "benchmarks/longclip.py step chunks --model tiny --batch 8 --components 2 --repeats 1 --chunk 4 --batches 8",
         75,
     ),
     "diva": Part(
-        "benchmarks/diva.py step batches --model ViT-L-14 --generator sd21-base --batch 32 --batches 16 64 "
+        "benchmarks/diva.py batches step --model ViT-L-14 --generator sd21-base --batch 32 --batches 16 64 "
         "--autocast --bf16 --compile --repeats 3",
-        "benchmarks/diva.py step batches --batch 2 --batches 2 --repeats 1",
-        200,
+        "benchmarks/diva.py batches step --batch 2 --batches 2 --repeats 1",
+        240,
     ),
     "fff": Part(
         "benchmarks/fff.py device --samples 32768 --tiles 256 1024 --repeats 3",
@@ -61,12 +63,12 @@ PARTS = {
     "data": Part(
         "benchmarks/data.py device --count 3584 --workers 4 14",
         "benchmarks/data.py device --count 64 --size 32 --workers 0 1",
-        35,
+        45,
     ),
     "generator": Part(
-        "benchmarks/generator.py --seconds 60 --batch 512 --scenes 8192 --steps 1000",
+        "benchmarks/generator.py --seconds 45 --batch 512 --scenes 8192 --steps 1000",
         "benchmarks/generator.py --small",
-        95,
+        85,
     ),
 }
 

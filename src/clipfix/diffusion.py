@@ -97,8 +97,7 @@ class Diffusion(nn.Module):
     `dtype` is that of its weights, `auto` bf16 where the device has it; what comes out is fp32. `compiled` hands
     the U-Net's passes that need a gradient to torch.compile; the others, few and of other sizes, run as they are.
     `checkpointing` keeps the U-Net's activations at block borders alone and computes the rest a second time in the
-    backward pass. `channels_last` lays the U-Net's weights out so that convolutions of a GPU read channels side by
-    side. None of these changes the values beyond rounding.
+    backward pass. Neither changes the values beyond rounding.
 
     A folder whose parts do not fit each other, or whose U-Net asks for more than a text, is a ValueError that says so.
 
@@ -112,7 +111,6 @@ class Diffusion(nn.Module):
         dtype: Literal["auto", "fp32", "bf16"] = "fp32",
         compiled: bool = False,
         checkpointing: bool = False,
-        channels_last: bool = False,
     ) -> None:
         super().__init__()
         if dtype not in ("auto", *DTYPES):
@@ -147,8 +145,6 @@ class Diffusion(nn.Module):
             self.unet.compile(dynamic=False)
         if checkpointing:
             self.unet.enable_gradient_checkpointing()
-        if channels_last:
-            self.unet.to(memory_format=torch.channels_last)
 
     @classmethod
     def of(cls, parts: "Parts") -> "Diffusion":

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from clipfix.backbone import Backbone, weights_hash
 from clipfix.decoding import readable, square, undecoded
 from clipfix.evals.embed import BATCH, Local, Sample, Shards, decoded, embed_images, embed_locally, embed_texts
+from clipfix.precision import fp32_products
 from clipfix.ranks import rank_of
 from clipfix.sets import Source
 
@@ -176,15 +177,13 @@ def scoring(backbone: Backbone, texts: TextCache | None = None) -> Iterator[Feat
 
     Precision settings come back as they were, like all that `still` minds.
     """
-    matmul = torch.get_float32_matmul_precision()
     weights = [p for p in backbone.parameters() if p.is_floating_point()]
     with ExitStack() as stack:
         stack.enter_context(still(backbone))
         stack.enter_context(torch.autocast(weights[0].device.type, enabled=False))
         # TF32 keeps 10 bits of mantissa: fast in training, but it makes ties.
         stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=False))
-        stack.callback(torch.set_float32_matmul_precision, matmul)
-        torch.set_float32_matmul_precision("highest")
+        stack.enter_context(fp32_products("highest"))
         # Weights held in half precision are scored through an fp32 copy.
         if any(p.dtype != torch.float32 for p in weights):
             backbone = copy.deepcopy(backbone).float()

@@ -2,8 +2,8 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from clipfix.backbone import Backbone
 from clipfix.functional.contrastive import contrastive_loss
 from clipfix.needs import Needs
+from clipfix.precision import fp32_products
 from clipfix.ranks import rank_of
 from clipfix.sharding import local, reshard, rows_here, shard, unshard
 from clipfix.tokenizer import TokenizeBatch
@@ -106,22 +107,15 @@ class Method(L.LightningModule, ABC):
         with self.matmul_precision():
             super().backward(loss, *args, **kwargs)
 
-    @contextmanager
-    def matmul_precision(self) -> Iterator[None]:
-        """Let fp32 products of a mixed-precision step on a GPU use TF32: the losses, and what FFF mines.
+    def matmul_precision(self) -> AbstractContextManager[None]:
+        """Let the losses of a mixed-precision step on a GPU use TF32.
 
-        Their features come out of towers in half precision, with a tenth of TF32's digits to begin with. Scores are
-        taken outside of a step, in fp32 as ever.
+        Their features come out of towers in bf16, which has 8 bits where TF32 has 11. Scores are taken outside of a
+        step, in fp32, and FFF mines in fp32: which pairs are positives must not hang on rounding.
         """
         if self.device.type != "cuda" or self.trainer.precision in ("32-true", "64-true"):
-            yield
-            return
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
+            return nullcontext()
+        return fp32_products("high")
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         # The same draws at every check, so that two checks differ by the weights alone.

@@ -17,6 +17,7 @@ from clipfix.functional.contrastive import many_positives_loss
 from clipfix.functional.positives import Frozen, Positives, Thresholds, itself, mine, thresholds_for
 from clipfix.functional.sigmoid import best_bias, sigmoid_loss
 from clipfix.methods.base import Method, by_sample, check_choice
+from clipfix.precision import fp32_products
 from clipfix.sharding import shared, unsharded
 from clipfix.tokenizer import TokenizeBatch
 
@@ -232,7 +233,8 @@ class FFF(Method):
         if queries.same is not None and known.same is not None:
             reasons["same"] = ((queries.same[:, None] == known.same) & ~own)[..., None].expand_as(found)
         if queries.frozen is not None and known.frozen is not None:
-            mined: Positives = mine(queries.frozen, known.frozen, known.bars, first)
+            with fp32_products("highest"):
+                mined: Positives = mine(queries.frozen, known.frozen, known.bars, first)
             reasons |= {name: getattr(mined, name) for name in REASONS}
         for mask in reasons.values():
             found = found | mask
