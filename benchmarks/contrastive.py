@@ -18,7 +18,7 @@ from measure import GB, Results, in_turn, name_of
 from torch import Tensor
 
 from clipfix.functional.contrastive import LARGEST, contrastive_loss
-from clipfix.precision import fp32_products
+from clipfix.training.precision import fp32_products
 
 SCALE = 100.0
 

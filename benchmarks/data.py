@@ -28,11 +28,11 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import functional as tvf
 
-from clipfix.data import ShardData
-from clipfix.decoding import cropped, in_unit_range
-from clipfix.needs import Needs
-from clipfix.shards import read_shard
-from clipfix.writing import add_sample
+from clipfix.data.decoding import cropped, in_unit_range
+from clipfix.data.module import ShardData
+from clipfix.data.needs import Needs
+from clipfix.data.shards import read_shard
+from clipfix.system.files import add_sample
 
 CAPTION = {"caption": {"key": "txt", "pick": "one"}}
 BYTES = "clipfix, shards to batches of bytes, as loader processes give them"

@@ -31,12 +31,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from clipfix import CONF, PACKAGE
-from clipfix.attention import SelfAttention
-from clipfix.backbone import Backbone
-from clipfix.diffusion import Diffusion, Parts, clip_tokenizer
 from clipfix.functional.denoising import denoising_loss
 from clipfix.functional.patches import condition_from_tokens
 from clipfix.methods.diva import DIVA
+from clipfix.models.attention import SelfAttention
+from clipfix.models.clip import Backbone
+from clipfix.models.diffusion import Diffusion, Parts, clip_tokenizer
 
 GENERATORS = ("tiny", "sd21-small", "sd21-base")
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from clipfix.functional.positives import Frozen, Thresholds, mine
 from clipfix.functional.sigmoid import sigmoid_loss
-from clipfix.precision import fp32_products
+from clipfix.training.precision import fp32_products
 
 BARS = Thresholds(image_text=0.27, supported=0.24, image_image=0.92, text_text=0.99)  # the paper's
 

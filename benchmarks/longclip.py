@@ -27,11 +27,11 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import clipfix.packed as packing
+import clipfix.models.packed_text as packing
 from clipfix import CONF, PACKAGE
-from clipfix.attention import SelfAttention
-from clipfix.backbone import Backbone
 from clipfix.methods.longclip import LongCLIP
+from clipfix.models.attention import SelfAttention
+from clipfix.models.clip import Backbone
 
 
 class PlainLongCLIP(LongCLIP):

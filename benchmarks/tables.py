@@ -18,8 +18,8 @@ from typing import Any
 
 import yaml
 
-from clipfix.compare.results import Group, Result, find, group, read, refuse
-from clipfix.compare.rows import number, summarize
+from clipfix.results.compare.results import Group, Result, find, group, read, refuse
+from clipfix.results.compare.rows import number, summarize
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"

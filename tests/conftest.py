@@ -10,7 +10,19 @@ from jaxtyping import install_import_hook
 
 os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 install_import_hook(
-    [f"clipfix.{name}" for name in ("functional", "methods", "evals", "sets", "data", "decoding", "shards", "packed")],
+    [
+        f"clipfix.{name}"
+        for name in (
+            "functional",
+            "methods",
+            "evals",
+            "data.sets",
+            "data.module",
+            "data.decoding",
+            "data.shards",
+            "models.packed_text",
+        )
+    ],
     "beartype.beartype",
 )
 
@@ -31,7 +43,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def generator_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A diffusers folder with random weights: 32 px pictures, 8 x 8 latents, a text of 8 tokens."""
-    from clipfix.diffusion import blank
+    from clipfix.models.diffusion import blank
 
     folder: Path = tmp_path_factory.mktemp("generator")
     blank(

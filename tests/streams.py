@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image
 from shards import encoded, picture
 
-from clipfix.data import ShardData, ShardStream, beginning
-from clipfix.decoding import Text
-from clipfix.needs import Needs
-from clipfix.shards import expand
+from clipfix.data.decoding import Text
+from clipfix.data.module import ShardData, ShardStream, beginning
+from clipfix.data.needs import Needs
+from clipfix.data.shards import expand
 
 CAPTION = {"caption": {"key": "txt", "pick": "one"}}
 

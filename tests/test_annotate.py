@@ -33,14 +33,14 @@ from clipfix.annotate import Annotator, annotate, plan, summarize
 from clipfix.annotate.captions import Captions, with_key
 from clipfix.annotate.features import Features
 from clipfix.annotate.latents import Latents
-from clipfix.backbone import Backbone
-from clipfix.data import ShardData
-from clipfix.decoding import decode, samples, square
-from clipfix.diffusion import Diffusion
+from clipfix.data.decoding import decode, samples, square
+from clipfix.data.module import ShardData
+from clipfix.data.needs import Needs
+from clipfix.data.shards import read_shard
 from clipfix.evals.embed import embed_images, embed_texts
 from clipfix.evals.features import scoring
-from clipfix.needs import Needs
-from clipfix.shards import read_shard
+from clipfix.models.clip import Backbone
+from clipfix.models.diffusion import Diffusion
 
 ROOT = Path(__file__).parents[1]
 CHOICES = sorted(path.stem for path in (ROOT / "conf" / "annotator").glob("*.yaml"))
@@ -570,7 +570,7 @@ def test_a_picture_that_was_changed_is_broken(
     members["k0"]["png"] = encoded(picture(0) ^ 1)  # also the first of a shard, which is looked at before training
     members["k2"]["latent.npz"] = members["k2"]["latent.npz"][:-30]
     pack(tmp_path / "changed" / "0.tar", members)
-    with caplog.at_level(logging.DEBUG, "clipfix.data"):
+    with caplog.at_level(logging.DEBUG, "clipfix.data.module"):
         batch = next(iter(reading(tmp_path / "changed", diffusion, batch_size=8).train_dataloader()))
     assert batch["key"] == [f"k{number}" for number in (1, 3, 4, 5, 6, 7, 8, 9)]
     assert batch["skipped"] == 2

@@ -15,8 +15,8 @@ from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from clipfix.backbone import Backbone
-from clipfix.pretrained import WEIGHT_FILES
+from clipfix.models.clip import Backbone
+from clipfix.models.pretrained import WEIGHT_FILES
 
 CONF = sorted((Path(__file__).parents[1] / "conf" / "backbone").glob("*.yaml"))
 PUBLISHED = {path.stem: yaml.safe_load(path.read_text()) for path in CONF if path.stem not in ("tiny", "folder")}

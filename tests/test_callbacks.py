@@ -10,7 +10,7 @@ import torch
 from ports import free_port
 from torch.utils.data import DataLoader
 
-from clipfix.callbacks import Finite
+from clipfix.training.callbacks import Finite
 
 INF, NAN = float("inf"), float("nan")
 

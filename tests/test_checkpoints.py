@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipfix.backbone import Backbone
-from clipfix.checkpoints import load_repair
+from clipfix.models.clip import Backbone
+from clipfix.training.checkpoints import load_repair
 
 ROOT = Path(__file__).parents[1]
 

@@ -16,10 +16,10 @@ from torch import nn
 from torch.nn.functional import normalize
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, SiglipConfig, SiglipModel
 
-from clipfix import convert
-from clipfix.backbone import Backbone
-from clipfix.checkpoints import load_repair
-from clipfix.pretrained import fitting
+from clipfix.models import convert
+from clipfix.models.clip import Backbone
+from clipfix.models.pretrained import fitting
+from clipfix.training.checkpoints import load_repair
 
 QUICK = CLIP | {"quick_gelu": True}
 TEXTS = ["a red circle", "two dogs, and a blue square above them"]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from clipfix import PACKAGE
-from clipfix.diffusion import DTYPES, Diffusion, PatchPCA, clip_tokenizer
+from clipfix.models.diffusion import DTYPES, Diffusion, PatchPCA, clip_tokenizer
 
 NOISE = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
@@ -158,7 +158,7 @@ def test_gpu_without_bf16_is_refused(folder, monkeypatch):
 
 @pytest.mark.parametrize("able", [True, False])
 def test_auto_is_bf16_where_the_device_computes_in_it(able, folder, monkeypatch):
-    monkeypatch.setattr("clipfix.diffusion.has_bf16", lambda: able)
+    monkeypatch.setattr("clipfix.models.diffusion.has_bf16", lambda: able)
     assert {p.dtype for p in Diffusion(str(folder), dtype="auto").parameters()} == {DTYPES["bf16" if able else "fp32"]}
 
 

@@ -18,8 +18,9 @@ from ports import free_port
 from test_resume import RUN, STEPS, Signal, weights
 from wandb_runs import stored
 
-from clipfix import ranks, sweeps
 from clipfix.__main__ import main
+from clipfix.cli import sweeps
+from clipfix.system import ranks
 
 SWEEPS = Path(__file__).parents[1] / "sweeps"
 DDP = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.precision=32-true"]
@@ -222,7 +223,7 @@ def test_a_launcher_that_is_not_installed_is_named(word, monkeypatch):
     def absent(name: str) -> None:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("clipfix.sweeps.distribution", absent)
+    monkeypatch.setattr("clipfix.cli.sweeps.distribution", absent)
     with pytest.raises(SystemExit) as exit_:
         command("-m", "seed=0,1", word)
     assert f"{word} needs a package that is not installed: pip install 'clipfix[sweep]'" in str(exit_.value.code)

@@ -21,7 +21,7 @@ from test_launch import on_two_ranks
 from wandb_runs import stored
 
 from clipfix.__main__ import main
-from clipfix.workspace import GROUPED_BY, workspace
+from clipfix.results.workspace import GROUPED_BY, workspace
 
 ROOT = Path(__file__).parents[1]
 METHODS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))

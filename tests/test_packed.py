@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipfix import backbone as module
-from clipfix.backbone import Backbone
-from clipfix.packed import encode_packed
+from clipfix.models import clip as module
+from clipfix.models.clip import Backbone
+from clipfix.models.packed_text import encode_packed
 
 CONTEXT, START, END = 80, 98, 99
 TEXT = {"context_length": CONTEXT, "vocab_size": 100, "width": 32, "heads": 4, "layers": 3}

@@ -11,7 +11,7 @@ from PIL import Image
 from shards import encoded, photographs, picture
 from torchvision.transforms import functional as tvf
 
-from clipfix.decoding import LONGEST_SIDE, decode, in_unit_range, samples, square
+from clipfix.data.decoding import LONGEST_SIDE, decode, in_unit_range, samples, square
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "jpeg", "png", "webp"])

@@ -7,11 +7,11 @@ import torch
 from test_convert import transformers_clip, vocabulary  # noqa: F401
 from torch import nn
 
-from clipfix import provenance
-from clipfix.backbone import Backbone, weights_hash
-from clipfix.checkpoints import load_repair
 from clipfix.evals.probes import Probes
 from clipfix.evals.retrieval import Retrieval
+from clipfix.models.clip import Backbone, weights_hash
+from clipfix.results import provenance
+from clipfix.training.checkpoints import load_repair
 
 TEXT = {"key": "txt", "pick": "one"}
 
@@ -106,5 +106,5 @@ def test_the_commit_is_that_of_a_checkout_and_of_no_other(monkeypatch, tmp_path)
     if (Path(__file__).parents[1] / ".git").exists():
         assert len(said["hash"]) == 40
         assert isinstance(said["dirty"], bool)
-    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "src" / "clipfix" / "provenance.py"))
+    monkeypatch.setattr(provenance, "PACKAGE", tmp_path / "src" / "clipfix")
     assert provenance.commit() is None

@@ -6,7 +6,7 @@ import json
 from PIL import Image
 from rich.console import Console
 
-from clipfix import report
+from clipfix.results import report
 
 SCORES = {
     "before": {"eval/pairs/mean": 40.0, "eval/pairs/ties": 3.0, "eval/zeroshot/shape": 92.04},

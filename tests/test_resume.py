@@ -12,9 +12,9 @@ import pytest
 import torch
 import yaml
 
-from clipfix import resolvers
 from clipfix.__main__ import main
-from clipfix.checkpoints import WholeFiles, checkpoint_to_resume
+from clipfix.cli import resolvers
+from clipfix.training.checkpoints import WholeFiles, checkpoint_to_resume
 
 STEPS = 6
 WORLD = {"train": 64, "selection": 16, "test": 16, "pairs_train": 1, "pairs_selection": 1, "pairs_test": 1}

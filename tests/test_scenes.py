@@ -14,9 +14,21 @@ import open_clip
 import pytest
 import webdataset as wds
 
-from clipfix.scenes import KINDS, PATTERNS, Scene, Thing, captions, draw, factors, look_alike, pairs, prepare, sample
-from clipfix.scenes.shards import Job, contents, series, split_of
-from clipfix.scenes.world import CARRIED, values
+from clipfix.data.scenes import (
+    KINDS,
+    PATTERNS,
+    Scene,
+    Thing,
+    captions,
+    draw,
+    factors,
+    look_alike,
+    pairs,
+    prepare,
+    sample,
+)
+from clipfix.data.scenes.shards import Job, contents, series, split_of
+from clipfix.data.scenes.world import CARRIED, values
 
 NOISE = {"junk": 0.08, "wrong": 0.05}
 SETTINGS = {
@@ -331,7 +343,7 @@ def test_the_slower_of_two_callers_takes_the_folder_of_the_faster(
         yield from drawn
         shutil.copytree(world, tmp_path / "scenes")
 
-    monkeypatch.setattr("clipfix.scenes.shards.track", overtaken)
+    monkeypatch.setattr("clipfix.data.scenes.shards.track", overtaken)
     assert prepare(tmp_path / "scenes", seed=0, **SETTINGS, processes=1) == tmp_path / "scenes"
     assert list(tmp_path.iterdir()) == [tmp_path / "scenes"], "the slower one's draft was left behind"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from shards import numbered
 
-from clipfix import secrets
+from clipfix.system import secrets
 
 USER, PASSWORD, SIGNATURE, TOKEN = "reader", "hunter2hunter2", "c2lnbmVkLWJ5LW1l", "tkn-0123456789"
 RUN = ["method=finetune", "data=shards", "eval=none", "trainer=cpu", "method.steps=2", "method.warmup_steps=0",

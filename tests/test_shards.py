@@ -14,9 +14,9 @@ import pytest
 from shards import encoded, numbered, pack, photographs, picture
 from streams import shard_data, stream
 
-from clipfix.decoding import samples
-from clipfix.shards import expand, read_shard
-from clipfix.writing import add_sample
+from clipfix.data.decoding import samples
+from clipfix.data.shards import expand, read_shard
+from clipfix.system.files import add_sample
 
 
 def test_every_way_to_name_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

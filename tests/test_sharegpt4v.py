@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from shards import encoded, picture
 
-import clipfix.decoding
-from clipfix import sharegpt4v
+import clipfix.data.decoding
 from clipfix.__main__ import main
-from clipfix.data import ShardData
-from clipfix.decoding import samples
-from clipfix.needs import Needs
-from clipfix.sharegpt4v import prepare
+from clipfix.data import sharegpt4v
+from clipfix.data.decoding import samples
+from clipfix.data.module import ShardData
+from clipfix.data.needs import Needs
+from clipfix.data.sharegpt4v import prepare
 
 NUMBERS = {"held_out": 4, "records_per_shard": 3, "threads": 2}
 FOLDERS = {
@@ -130,7 +130,7 @@ def test_a_process_killed_while_writing_leaves_whole_shards(corpus: dict[str, Pa
     whole = contents(prepare(**corpus | {"root": tmp_path / "whole"}, **NUMBERS))
     script = (
         "import os, sys, tarfile\n"
-        "from clipfix.sharegpt4v import prepare\n"
+        "from clipfix.data.sharegpt4v import prepare\n"
         "add, added = tarfile.TarFile.addfile, []\n"
         "def die(tar, *arguments):\n"
         "    added.append(tar)\n"
@@ -231,11 +231,11 @@ def test_training_reads_the_shards_and_counts_what_is_no_picture(corpus: dict[st
 
 
 def test_it_reads_the_pictures_that_clipfix_data_reads() -> None:
-    assert sharegpt4v.IMAGES == clipfix.decoding.IMAGES
+    assert sharegpt4v.IMAGES == clipfix.data.decoding.IMAGES
 
 
 def test_packing_does_not_load_torch() -> None:
-    code = "import clipfix.sharegpt4v, sys; sys.exit('torch' in sys.modules)"
+    code = "import clipfix.data.sharegpt4v, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

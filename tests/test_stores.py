@@ -12,7 +12,7 @@ import pytest
 from shards import numbered
 from streams import shard_data
 
-from clipfix.shards import read_shard
+from clipfix.data.shards import read_shard
 
 
 class Store(http.server.SimpleHTTPRequestHandler):
@@ -59,11 +59,11 @@ def store(tmp_path: Path, request: pytest.FixtureRequest) -> Any:
 def test_a_store_that_fails_is_asked_again_and_nothing_is_lost(
     store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clipfix.shards.SILENCE", 0.5)
+    monkeypatch.setattr("clipfix.data.shards.SILENCE", 0.5)
     keys = numbered(tmp_path, [5])
     assert [raw["__key__"] for raw in read_shard(f"{store}/00000.tar")] == keys
     assert Store.asked["/00000.tar"] == 1 + len(Store.troubles)
-    assert not [record for record in caplog.records if record.name == "clipfix.shards"]
+    assert not [record for record in caplog.records if record.name == "clipfix.data.shards"]
 
 
 @pytest.mark.parametrize("store", [("404",)], indirect=True)
@@ -81,7 +81,7 @@ def test_what_a_store_does_not_have_is_asked_for_once(
 def test_of_a_shard_that_breaks_off_the_rest_comes_with_the_next_pass(
     store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clipfix.shards.SILENCE", 0.5)
+    monkeypatch.setattr("clipfix.data.shards.SILENCE", 0.5)
     keys = numbered(tmp_path, [20])
     first, second = ([raw["__key__"] for raw in read_shard(f"{store}/00000.tar")] for _ in range(2))
     assert 0 < len(first) < 20

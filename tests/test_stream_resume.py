@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from shards import encoded, numbered, pack, picture
 from streams import BROKEN, shard_data
 
-from clipfix.data import beginning
+from clipfix.data.module import beginning
 
 
 def with_broken_samples(folder: Path) -> str:

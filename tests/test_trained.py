@@ -9,9 +9,9 @@ from test_backbone import VARIANTS, architecture
 from test_contract import fit
 from torch import nn
 
-from clipfix.backbone import Backbone
-from clipfix.checkpoints import load_repair
-from clipfix.trained import add_lora, merged, trained_parts
+from clipfix.models.adapters import add_lora, merged, trained_parts
+from clipfix.models.clip import Backbone
+from clipfix.training.checkpoints import load_repair
 
 LORA = {"rank": 4, "alpha": 6}
 SGD = {"name": "SGD", "lr": 1.0, "momentum": 0.9}

@@ -10,10 +10,10 @@ from small import METHODS, batch, build
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from clipfix.checkpoints import load_repair
-from clipfix.evals import Benchmark
-from clipfix.evals.selection import Selection
-from clipfix.wise import WiSE
+from clipfix.evals.base import Benchmark
+from clipfix.results.selection import Selection
+from clipfix.training.checkpoints import load_repair
+from clipfix.training.weight_averaging import WiSE
 
 LORA = {
     "train": "lora",

@@ -77,7 +77,7 @@ def test_the_workspace_is_sent_as_a_new_view(clipfix, monkeypatch, capsys, tmp_p
 )
 def test_what_keeps_it_from_being_saved_is_told_in_one_line(arguments, installed, words, clipfix, monkeypatch):
     if not installed:
-        monkeypatch.setattr("clipfix.verbs.find_spec", lambda name: None)
+        monkeypatch.setattr("clipfix.cli.verbs.find_spec", lambda name: None)
     with pytest.raises(SystemExit) as exit_:
         clipfix(*arguments)
     first, last = str(exit_.value.code).splitlines()

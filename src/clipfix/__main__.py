@@ -16,11 +16,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, OmegaConfBaseException
 
-from clipfix import CONF, secrets
-from clipfix.ranks import environment
-from clipfix.resolvers import new
-from clipfix.sweeps import in_sweep, installed, settle_worker, side_by_side
-from clipfix.verbs import VERBS
+from clipfix import CONF
+from clipfix.cli.resolvers import new
+from clipfix.cli.sweeps import in_sweep, installed, settle_worker, side_by_side
+from clipfix.cli.verbs import VERBS
+from clipfix.system import secrets
+from clipfix.system.ranks import environment
 
 MISTAKES = (HydraException, OmegaConfBaseException, ValueError)
 

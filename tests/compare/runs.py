@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from clipfix import outcomes
-from clipfix.compare.figures import PATTERNS
-from clipfix.outcomes import Outcome, Outcomes
+from clipfix.evals import outcomes
+from clipfix.evals.outcomes import Outcome, Outcomes
+from clipfix.results.compare.figures import PATTERNS
 
 PAIRS = 12  # of each pattern
 PICTURES = 40

@@ -10,7 +10,7 @@ from runs import run
 from wandb_runs import stored
 
 from clipfix.__main__ import main, named
-from clipfix.workspace import workspace
+from clipfix.results.workspace import workspace
 
 
 @pytest.fixture
@@ -90,7 +90,8 @@ def test_other_verbs_get_their_words_as_they_are():
 
 def test_it_starts_without_torch():
     """A table of a few files must not wait for what trains models."""
-    code = "import sys, clipfix.compare, clipfix.compare.page, clipfix.compare.figures; print('torch' in sys.modules)"
+    rooms = ", ".join(f"clipfix.results.compare.{name}" for name in ("results", "page", "figures"))
+    code = f"import sys, {rooms}; print('torch' in sys.modules)"
     environment = {"PYTHONPATH": str(Path(__file__).parents[2] / "src"), "PATH": ""}
     asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert asked.stdout.strip() == "False"

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from runs import PICTURES, SETTINGS, run
 
-from clipfix.compare.examples import Case, changed
-from clipfix.compare.results import group, read
+from clipfix.results.compare.examples import Case, changed
+from clipfix.results.compare.results import group, read
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def urban1k(tmp_path) -> dict:
     for i in range(PICTURES):
         Image.new("RGB", (8, 8), (5 * i,) * 3).save(root / "image" / f"{i:06d}.jpg", quality=95)
         (root / "caption" / f"{i:06d}.txt").write_text(f"{5 * i} of 255")
-    return {"_target_": "clipfix.sets.urban1k.Urban1k", "root": str(root), "fetch": "Fetch it.", "samples": 1000}
+    return {"_target_": "clipfix.data.sets.urban1k.Urban1k", "root": str(root), "fetch": "Fetch it.", "samples": 1000}
 
 
 def examples(folder: Path, shards: dict) -> tuple[list[Case], list[str]]:
@@ -43,7 +43,7 @@ def test_a_set_that_is_gone_is_one_line_and_other_code_is_not_run(urban1k, tmp_p
     cases, (line,) = examples(tmp_path / "gone", urban1k)
     assert cases == []
     assert "Urban1k/image. Fetch it." in line
-    for target in ("subprocess.run", "clipfix.sets.urban1k.Path"):
+    for target in ("subprocess.run", "clipfix.data.sets.urban1k.Path"):
         cases, (line,) = examples(tmp_path / target, {"_target_": target, "args": ["false"]})
         assert cases == []
-        assert f"{target} is no data set of clipfix.sets" in line
+        assert f"{target} is no data set of clipfix.data.sets" in line

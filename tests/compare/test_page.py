@@ -14,8 +14,8 @@ from PIL import Image
 from runs import PICTURES, SETTINGS, run
 from shards import encoded, pack
 
-from clipfix.compare import compare
-from clipfix.compare.results import read
+from clipfix.results.compare import compare
+from clipfix.results.compare.results import read
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 browser = pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on PATH")

@@ -5,7 +5,7 @@ import json
 import pytest
 from runs import RECIPE, SETTINGS, run
 
-from clipfix.compare.results import find, group, read, refuse
+from clipfix.results.compare.results import find, group, read, refuse
 
 
 def groups(*paths):

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from runs import PAIRS, run
 
-from clipfix.compare.bootstrap import changes, draw, interval, over_seeds
-from clipfix.compare.figures import PATTERNS
-from clipfix.compare.results import group, read
-from clipfix.compare.rows import Cell, rows, table
-from clipfix.outcomes import Outcome
+from clipfix.evals.outcomes import Outcome
+from clipfix.results.compare.bootstrap import changes, draw, interval, over_seeds
+from clipfix.results.compare.figures import PATTERNS
+from clipfix.results.compare.results import group, read
+from clipfix.results.compare.rows import Cell, rows, table
 
 PUBLISHED = {
     "benchmark": "pairs", "metric": "mean", "method": "diva", "backbone": "tiny", "by": "DIVA",
@@ -77,7 +77,7 @@ def test_weights_count_and_blocks_do_not(monkeypatch, two):
     assert set(np.round(found)) <= {round(100 * x) for x in (0, 1, 1 / 2, 3 / 4, 2 / 3, 4 / 5, 1 / 3)}
     results = [(r.outcomes_before["lengths"], r.outcomes_after["lengths"]) for r in two[0].results]
     whole = changes(results, ["20_tokens_R@1"], 30, np.random.default_rng(3))
-    monkeypatch.setattr("clipfix.compare.bootstrap.CELLS", 1)
+    monkeypatch.setattr("clipfix.results.compare.bootstrap.CELLS", 1)
     np.testing.assert_allclose(changes(results, ["20_tokens_R@1"], 30, np.random.default_rng(3)), whole)
 
 

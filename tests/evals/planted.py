@@ -8,7 +8,7 @@ from PIL import Image
 from shards import encoded, pack
 from torch import Tensor, nn
 
-from clipfix.backbone import Backbone
+from clipfix.models.clip import Backbone
 
 PATCHES = 5
 

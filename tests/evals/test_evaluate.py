@@ -16,13 +16,14 @@ from lightning.pytorch.loggers import CSVLogger
 from omegaconf import OmegaConf
 from planted import Planted, write_shard
 
-from clipfix import outcomes, scenes
-from clipfix.backbone import Backbone
-from clipfix.evals import Benchmark, evaluate
+from clipfix.data import scenes
+from clipfix.data.sets import Source
+from clipfix.evals import outcomes
+from clipfix.evals.base import Benchmark, evaluate
 from clipfix.evals.features import scoring
 from clipfix.evals.retrieval import Retrieval
-from clipfix.evals.selection import Selection
-from clipfix.sets import Source
+from clipfix.models.clip import Backbone
+from clipfix.results.selection import Selection
 
 CONF = Path(__file__).parents[2] / "conf" / "eval"
 

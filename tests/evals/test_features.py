@@ -11,11 +11,11 @@ import torch.multiprocessing as mp
 from PIL import Image
 from shards import encoded, pack
 
-from clipfix.backbone import Backbone
+from clipfix.data.sets import Source
 from clipfix.evals import features as module
 from clipfix.evals.embed import Local
 from clipfix.evals.features import scoring
-from clipfix.sets import Source
+from clipfix.models.clip import Backbone
 
 WORLD, BATCH = 3, 4
 PICTURES = 21  # with the broken one 22: five whole batches and a rest of two

@@ -3,11 +3,11 @@ import torch
 from planted import PATCHES, Planted, write_shard
 from torch.nn.functional import normalize
 
-from clipfix.backbone import Backbone
 from clipfix.evals import embed
 from clipfix.evals.embed import Local, global_plus_local
 from clipfix.evals.features import scoring
 from clipfix.evals.pairs import Pairs, picks
+from clipfix.models.clip import Backbone
 
 PATTERNS = ("Orientation and Direction",) * 3 + ("Text",)
 

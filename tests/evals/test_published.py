@@ -103,7 +103,7 @@ def test_the_drawn_world_is_made_where_a_benchmark_reads_it(root, clipfix, monke
     def prepare(root, **_):
         raise ValueError(f"{root} is asked for")
 
-    monkeypatch.setattr("clipfix.scenes.prepare", prepare)
+    monkeypatch.setattr("clipfix.data.scenes.prepare", prepare)
     with pytest.raises(SystemExit, match="data/scenes is asked for"):
         clipfix("eval=scenes")
 

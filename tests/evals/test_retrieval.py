@@ -5,9 +5,9 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from clipfix.evals import ranks as ranking
+from clipfix.evals import ranking
 from clipfix.evals.lengths import Lengths
-from clipfix.evals.ranks import ranks
+from clipfix.evals.ranking import ranks
 from clipfix.evals.retrieval import Retrieval, both_ways, without_shared_beginning
 
 

@@ -17,17 +17,17 @@ from sklearn.metrics import accuracy_score, top_k_accuracy_score
 from torch.nn.functional import normalize
 
 import clipfix.__main__  # noqa: F401  what yaml may ask for
-from clipfix.compare.figures import PATTERNS as RADAR
-from clipfix.evals import Benchmark, evaluate
+from clipfix.data.sets import Labelled, present
+from clipfix.data.sets.mmvp import PATTERNS as MMVP_PATTERNS
+from clipfix.data.sets.mmvp import SPELLINGS
+from clipfix.evals.base import Benchmark, evaluate
 from clipfix.evals.classification import Classification
 from clipfix.evals.features import scoring
 from clipfix.evals.foils import Foils
 from clipfix.evals.groups import Groups
 from clipfix.evals.multilabel import MultiLabel
-from clipfix.provenance import data_hash
-from clipfix.sets import Labelled, present
-from clipfix.sets.mmvp import PATTERNS as MMVP_PATTERNS
-from clipfix.sets.mmvp import SPELLINGS
+from clipfix.results.compare.figures import PATTERNS as RADAR
+from clipfix.results.provenance import data_hash
 
 CONF = Path(__file__).parents[2] / "conf" / "eval"
 PUBLISHED = OmegaConf.load(CONF / "published.yaml").defaults[:-1]

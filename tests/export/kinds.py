@@ -18,7 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from clipfix.backbone import Backbone
+from clipfix.models.clip import Backbone
 
 TEXTS = ["A red circle", "", "It’s two dogs &amp; a “blue” square above them", "a word " * 300]
 QUICK = CLIP | {"quick_gelu": True}

@@ -25,9 +25,9 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from clipfix.backbone import Backbone
 from clipfix.export import TARGETS, diffusers
 from clipfix.export.folder import write, write_weights
+from clipfix.models.clip import Backbone
 
 
 def exported(backbone, target: str, folder: Path) -> Path:

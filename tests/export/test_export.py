@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from test_main import DATA, RUN, WORLD, refusal, scenes  # noqa: F401
 from transformers import CLIPModel
 
-from clipfix.backbone import Backbone, weights_hash
-from clipfix.checkpoints import load_repair
+from clipfix.models.clip import Backbone, weights_hash
+from clipfix.training.checkpoints import load_repair
 
 TINY = Path(__file__).parents[2] / "src" / "clipfix" / "tiny" / "clip"
 SLOW = ("pairs", "pairs_local", "probes", "retrieval_short", "retrieval_long")  # one benchmark is scores enough

@@ -16,7 +16,7 @@ from test_main import ROOT
 from torch.nn.functional import normalize
 
 from clipfix.__main__ import main
-from clipfix.backbone import Backbone
+from clipfix.models.clip import Backbone
 
 NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "examples").glob("*.ipynb"))}
 

@@ -19,21 +19,21 @@ from test_packed import LENGTHS, gradients, texts
 from test_packed import build as build_text
 from torch.utils.data import DataLoader, IterableDataset
 
-import clipfix.packed as packing
+import clipfix.models.packed_text as packing
 from clipfix import PACKAGE
-from clipfix.backbone import Backbone
-from clipfix.checkpoints import WholeFiles
-from clipfix.data import ShardData
-from clipfix.decoding import in_unit_range
-from clipfix.evals import evaluate
+from clipfix.data.decoding import in_unit_range
+from clipfix.data.module import ShardData
+from clipfix.data.needs import Needs
+from clipfix.evals.base import evaluate
 from clipfix.evals.features import scoring
 from clipfix.evals.retrieval import Retrieval
 from clipfix.functional.contrastive import contrastive_loss
 from clipfix.functional.sigmoid import sigmoid_loss
 from clipfix.methods.base import Method
-from clipfix.needs import Needs
-from clipfix.packed import encode_packed
-from clipfix.strategy import FSDP2
+from clipfix.models.clip import Backbone
+from clipfix.models.packed_text import encode_packed
+from clipfix.training.checkpoints import WholeFiles
+from clipfix.training.strategy import FSDP2
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 STEPS = 4
@@ -126,7 +126,7 @@ def test_towers_equal_those_of_a_cpu(compiled: bool) -> None:
 
 
 def test_generator_in_bf16_is_near_fp32(generator_folder) -> None:
-    from clipfix.diffusion import Diffusion
+    from clipfix.models.diffusion import Diffusion
 
     exact, half = (Diffusion(generator_folder, dtype=dtype).cuda() for dtype in ("fp32", "bf16"))
     assert half.unet.dtype == torch.bfloat16

@@ -6,8 +6,8 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from clipfix.backbone import Backbone
 from clipfix.methods.base import Method
+from clipfix.models.clip import Backbone
 
 CONF = Path(__file__).parents[2] / "conf"
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
@@ -20,8 +20,8 @@ WORDS = ["red", "blue", "fish", "house", "star", "heart", "left", "right", "open
 
 def build(name: str, clip_folder: str, generator_folder: str, **overrides: object) -> Method:
     """The method as its yaml configures it, on random small models, a few steps long."""
-    diffusion = {"_target_": "clipfix.diffusion.Diffusion", "path": generator_folder, "dtype": "fp32"}
-    reference = {"_target_": "clipfix.backbone.Backbone", "name": clip_folder, "pretrained": "random"}
+    diffusion = {"_target_": "clipfix.models.diffusion.Diffusion", "path": generator_folder, "dtype": "fp32"}
+    reference = {"_target_": "clipfix.models.clip.Backbone", "name": clip_folder, "pretrained": "random"}
     config = OmegaConf.create(
         {"backbone": reference, "diffusion": diffusion, "method": OmegaConf.load(CONF / "method" / f"{name}.yaml")}
     )

@@ -7,9 +7,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from small import batch, build
 from torch.utils.data import DataLoader
 
-from clipfix.diffusion import Diffusion
 from clipfix.methods.denoise import Denoise, joined_texts
-from clipfix.samples import Samples
+from clipfix.models.diffusion import Diffusion
+from clipfix.results.pictures.generator import Samples
 
 
 def hearing(clip_folder: str, generator_folder: str, **overrides: object) -> Denoise:

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from small import batch, build
 
-from clipfix.backbone import Backbone
-from clipfix.checkpoints import load_repair
 from clipfix.functional.components import principal_reconstruction
 from clipfix.functional.contrastive import contrastive_loss
 from clipfix.functional.positions import stretch
 from clipfix.methods.longclip import LongCLIP, prefix_padded
+from clipfix.models.clip import Backbone
+from clipfix.training.checkpoints import load_repair
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import torch
 from shards import numbered
 from small import METHODS, batch, build
 
-from clipfix.data import ShardData
+from clipfix.data.module import ShardData
+from clipfix.data.needs import Needs
 from clipfix.methods.base import Method
-from clipfix.needs import Needs
 
 TEXTS = {
     "caption": {"key": "txt", "pick": "one"},

@@ -17,8 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from clipfix import diffusion
 from clipfix.methods.base import Method
+from clipfix.models import diffusion
 
 ROWS, BATCHES, STEPS = 8, 2, 2
 WORLDS = ((2, "ddp"), (2, "fsdp"), (4, "ddp"))

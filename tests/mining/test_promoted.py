@@ -13,8 +13,8 @@ from small import CONF, batch, build
 
 from clipfix.__main__ import main
 from clipfix.methods.fff import Promotion
-from clipfix.mining import promoted
-from clipfix.mining.promoted import Promoted, choose
+from clipfix.results.pictures import fff as promoted
+from clipfix.results.pictures.fff import Promoted, choose
 
 DOUBLES = {"image_text": 2.0, "supported": -1.0, "image_image": 0.99999, "text_text": 2.0}
 NOTHING = dict.fromkeys(DOUBLES, 2.0)

@@ -13,10 +13,10 @@ from shards import encoded, numbered, pack
 from small import build
 
 from clipfix.__main__ import main
-from clipfix.data import ShardData
+from clipfix.annotate import survey
+from clipfix.data.module import ShardData
+from clipfix.data.needs import Needs
 from clipfix.functional.positives import Frozen, Thresholds, thresholds_for
-from clipfix.mining import survey
-from clipfix.needs import Needs
 
 WANTED = "method.thresholds={image_text: 0.25, supported: 1.9, image_image: 0.9, text_text: 0.5}"
 

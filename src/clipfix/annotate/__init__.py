@@ -27,8 +27,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from clipfix.annotate.work import COUNTED, Draft, Raw, Work, plan
-from clipfix.decoding import decode
-from clipfix.shards import read_shard
+from clipfix.data.decoding import decode
+from clipfix.data.shards import read_shard
 
 __all__ = ["Annotator", "Raw", "Sample", "annotate", "plan", "summarize"]
 
@@ -52,7 +52,7 @@ class Reader(IterableDataset):
         info = get_worker_info()
         slot, workers = (info.id, info.num_workers) if info else (0, 1)
         for name, url in self.shards[slot::workers]:
-            with warnings_of("clipfix.shards") as warnings:  # read_shard says nowhere else that a shard is cut off
+            with warnings_of("clipfix.data.shards") as warnings:  # read_shard says nowhere else that a shard is cut off
                 raws, left_out = read_shard(url), list[str]()
                 while pairs := list(self._decoded(raws, left_out := [])):
                     kept, inputs = self._ready(pairs, left_out)

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from clipfix.annotate import Annotator, Raw, Sample
-from clipfix.backbone import Backbone
-from clipfix.decoding import square, strings
+from clipfix.data.decoding import square, strings
 from clipfix.evals.embed import embed_images
 from clipfix.evals.features import scoring
+from clipfix.models.clip import Backbone
 
 MEMBER = "features.npz"
 

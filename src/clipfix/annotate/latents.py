@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from clipfix.annotate import Annotator, Raw, Sample
-from clipfix.backbone import Backbone
-from clipfix.decoding import fingerprint, square
-from clipfix.diffusion import Diffusion
+from clipfix.data.decoding import fingerprint, square
+from clipfix.models.clip import Backbone
+from clipfix.models.diffusion import Diffusion
 
 MEMBER = "latent.npz"
 

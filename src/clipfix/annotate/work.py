@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from clipfix.shards import expand
-from clipfix.writing import add_sample, put_json
+from clipfix.data.shards import expand
+from clipfix.system.files import add_sample, put_json
 
 SETTINGS = "annotator.json"  # in the output folder: what all its shards were made by
 PLACE = ("output", "batch_size")  # keys of an annotator that change nothing in its shards

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from clipfix.evals import Benchmark
+from clipfix.data.sets import Labelled
+from clipfix.evals.base import Benchmark
 from clipfix.evals.features import Features
+from clipfix.evals.outcomes import Outcome, Outcomes, each_class_alike
 from clipfix.evals.zeroshot import places_among
-from clipfix.outcomes import Outcome, Outcomes, each_class_alike
-from clipfix.sets import Labelled
 
 FIVE = 5  # classes or more, and the top five are asked for as well, as clip_benchmark does
 

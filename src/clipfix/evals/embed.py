@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from clipfix.backbone import Backbone
-from clipfix.decoding import samples
+from clipfix.data.decoding import samples
+from clipfix.data.sets import Source
 from clipfix.functional.patches import take_patches
-from clipfix.sets import Source
+from clipfix.models.clip import Backbone
 
 BATCH = 64  # a forward pass; memory depends on it, features do not
 

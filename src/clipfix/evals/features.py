@@ -19,12 +19,12 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image
 from torch import Tensor, nn
 
-from clipfix.backbone import Backbone, weights_hash
-from clipfix.decoding import readable, square, undecoded
+from clipfix.data.decoding import readable, square, undecoded
+from clipfix.data.sets import Source
 from clipfix.evals.embed import BATCH, Local, Sample, Shards, decoded, embed_images, embed_locally, embed_texts
-from clipfix.precision import fp32_products
-from clipfix.ranks import rank_of
-from clipfix.sets import Source
+from clipfix.models.clip import Backbone, weights_hash
+from clipfix.system.ranks import rank_of
+from clipfix.training.precision import fp32_products
 
 TextCache = dict[tuple[str, int, str], Tensor]  # hash of the text tower, tokens at most, text -> its row, on the CPU
 Item = TypeVar("Item")

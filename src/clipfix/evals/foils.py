@@ -3,10 +3,10 @@
 from collections import defaultdict
 from statistics import fmean
 
-from clipfix.evals import Benchmark
+from clipfix.evals.base import Benchmark
 from clipfix.evals.embed import Shards
 from clipfix.evals.features import Features
-from clipfix.outcomes import Outcome, Outcomes
+from clipfix.evals.outcomes import Outcome, Outcomes
 
 
 class Foils(Benchmark):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 from PIL import Image
 
-from clipfix.colours import GREEN, INK, RED
+from clipfix.evals.colours import GREEN, INK, RED
 
 
 @dataclass(frozen=True)

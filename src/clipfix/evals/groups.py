@@ -3,8 +3,8 @@
 import torch
 
 from clipfix.evals.features import Features
+from clipfix.evals.outcomes import Outcome
 from clipfix.evals.pairs import Pairs, picks
-from clipfix.outcomes import Outcome
 
 
 class Groups(Pairs):

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from clipfix.colours import AFTER, BEFORE
-from clipfix.decoding import Text
-from clipfix.evals import Benchmark
+from clipfix.data.decoding import Text
+from clipfix.evals.base import Benchmark
+from clipfix.evals.colours import AFTER, BEFORE
 from clipfix.evals.features import Features
+from clipfix.evals.outcomes import Outcome, Outcomes
 from clipfix.evals.retrieval import both_ways
-from clipfix.outcomes import Outcome, Outcomes
 
 
 class Lengths(Benchmark):

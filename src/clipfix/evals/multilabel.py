@@ -3,10 +3,10 @@
 import numpy as np
 from sklearn.metrics import average_precision_score
 
-from clipfix.evals import Benchmark
+from clipfix.data.sets import Labelled
+from clipfix.evals.base import Benchmark
 from clipfix.evals.features import Features
 from clipfix.evals.zeroshot import heads
-from clipfix.sets import Labelled
 
 
 class MultiLabel(Benchmark):

@@ -10,11 +10,11 @@ from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from clipfix.evals import Benchmark
+from clipfix.evals.base import Benchmark
 from clipfix.evals.embed import Local, Sample, Shards, pictures
 from clipfix.evals.features import Features
 from clipfix.evals.gallery import Cell, gallery
-from clipfix.outcomes import Outcome, Outcomes
+from clipfix.evals.outcomes import Outcome, Outcomes
 
 
 def picks(

@@ -9,10 +9,10 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from clipfix.evals import Benchmark
+from clipfix.evals.base import Benchmark
 from clipfix.evals.features import Features
 from clipfix.evals.labels import labels
-from clipfix.outcomes import Outcome, Outcomes, each_class_alike
+from clipfix.evals.outcomes import Outcome, Outcomes, each_class_alike
 
 
 class Probes(Benchmark):

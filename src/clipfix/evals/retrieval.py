@@ -12,13 +12,13 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from clipfix.decoding import Text
-from clipfix.evals import Benchmark
+from clipfix.data.decoding import Text
+from clipfix.evals.base import Benchmark
 from clipfix.evals.embed import Shards, pictures
 from clipfix.evals.features import Features
 from clipfix.evals.gallery import Cell, gallery
-from clipfix.evals.ranks import ranks
-from clipfix.outcomes import Outcome, Outcomes
+from clipfix.evals.outcomes import Outcome, Outcomes
+from clipfix.evals.ranking import ranks
 
 SHOWN = 12  # pictures in the figure
 

@@ -9,11 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from clipfix.evals import Benchmark
+from clipfix.evals.base import Benchmark
 from clipfix.evals.features import Features
 from clipfix.evals.labels import alone, labels
-from clipfix.evals.ranks import ranks
-from clipfix.outcomes import Outcome, Outcomes
+from clipfix.evals.outcomes import Outcome, Outcomes
+from clipfix.evals.ranking import ranks
 
 
 class Question(TypedDict):

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from clipfix.backbone import Backbone
 from clipfix.export import card, comfyui, diffusers, llava, open_clip, sentence_transformers, timm, transformers
 from clipfix.export.folder import check_free, write
+from clipfix.models.clip import Backbone
 
 TARGETS = {
     "open_clip": open_clip.files,

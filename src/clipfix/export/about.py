@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clipfix import provenance
-from clipfix.backbone import Backbone, weights_hash
+from clipfix.models.clip import Backbone, weights_hash
+from clipfix.results import provenance
 
 
 def about(

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from clipfix.backbone import Backbone
 from clipfix.export.folder import PROVENANCE, Files
+from clipfix.models.clip import Backbone
 
 LIBRARIES = {
     "open_clip": "open_clip",

@@ -6,10 +6,10 @@ comfy/clip_model.py, whose projection is square; `detect_te_model` of comfy/sd.p
 Departs: ComfyUI is no library and was not run here. That it takes files of these names and shapes was read in its code.
 """
 
-from clipfix.backbone import Backbone
 from clipfix.export import transformers
 from clipfix.export.diffusers import text_model
 from clipfix.export.folder import Files, Weights
+from clipfix.models.clip import Backbone
 
 KEYS = ("hidden_size", "projection_dim", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act")
 KNOWN = {

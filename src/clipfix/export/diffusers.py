@@ -4,10 +4,10 @@ Pipelines cut a prompt at `tokenizer.model_max_length`, which is the length of t
 its two encoders feature by feature, so both must have one length: stretch both.
 """
 
-from clipfix.backbone import Backbone
 from clipfix.export import transformers
 from clipfix.export.folder import Files, Weights
 from clipfix.export.tokenizer import clip_files
+from clipfix.models.clip import Backbone
 
 
 def files(backbone: Backbone) -> Files:

@@ -1,8 +1,8 @@
 """A vision tower for LLaVA and its kin: what `CLIPVisionModel` or `SiglipVisionModel` and its image processor read."""
 
-from clipfix.backbone import Backbone
 from clipfix.export import transformers
 from clipfix.export.folder import Files, Weights
+from clipfix.models.clip import Backbone
 
 
 def files(backbone: Backbone) -> Files:

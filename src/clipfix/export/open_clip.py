@@ -2,10 +2,10 @@
 
 from open_clip.tokenizer import HFTokenizer
 
-from clipfix.backbone import Backbone
 from clipfix.export.folder import Files, Weights
 from clipfix.export.tokenizer import hub_files
-from clipfix.pretrained import CONFIG_FILE, WEIGHT_FILES
+from clipfix.models.clip import Backbone
+from clipfix.models.pretrained import CONFIG_FILE, WEIGHT_FILES
 
 
 def files(backbone: Backbone) -> Files:

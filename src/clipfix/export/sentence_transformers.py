@@ -1,8 +1,8 @@
 """sentence-transformers 6 and later: the folder of transformers as it is, read for texts and for pictures."""
 
-from clipfix.backbone import Backbone
 from clipfix.export import transformers
 from clipfix.export.folder import Files
+from clipfix.models.clip import Backbone
 
 
 def files(backbone: Backbone) -> Files:

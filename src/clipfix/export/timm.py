@@ -7,10 +7,10 @@ from typing import Any
 
 from open_clip.timm_model import TimmModel
 
-from clipfix.backbone import Backbone
 from clipfix.export import transformers
 from clipfix.export.folder import Files, Weights
-from clipfix.pretrained import WEIGHT_FILES
+from clipfix.models.clip import Backbone
+from clipfix.models.pretrained import WEIGHT_FILES
 
 # One architecture of timm's stands for all of CLIP's; `model_args` give it its sizes.
 CLIP = {"gelu": "vit_base_patch16_clip_224", "quick_gelu": "vit_base_patch16_clip_quickgelu_224"}

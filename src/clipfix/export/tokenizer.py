@@ -12,7 +12,7 @@ from ftfy import chardata
 from tokenizers import Regex, normalizers
 
 from clipfix.export.folder import Files
-from clipfix.tokenizer import byte_pairs, clip_tokenizer
+from clipfix.models.tokenizer import byte_pairs, clip_tokenizer
 
 # What captions hold of html; open_clip unescapes all 2,231 names, of which these occur.
 ENTITIES = ("lt", "gt", "quot", "apos", "#39", "nbsp")

@@ -14,10 +14,10 @@ from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
-from clipfix.backbone import Backbone
-from clipfix.convert import CLIP_BLOCK, CLIP_NAMES, SIGLIP_NAMES, TIMM_BLOCK, State, renamed
 from clipfix.export.folder import Files, Weights
 from clipfix.export.tokenizer import clip_files, hub_files
+from clipfix.models.clip import Backbone
+from clipfix.models.convert import CLIP_BLOCK, CLIP_NAMES, SIGLIP_NAMES, TIMM_BLOCK, State, renamed
 
 INTERPOLATION = {"bilinear": 2, "bicubic": 3, "random": 3}  # Pillow's numbers
 PROJECTIONS = ("visual_projection.weight", "text_projection.weight")  # (in, out) in open_clip

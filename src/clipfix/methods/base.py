@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.optim.lr_scheduler import LambdaLR
 
-from clipfix.backbone import Backbone
+from clipfix.data.needs import Needs
 from clipfix.functional.contrastive import contrastive_loss
-from clipfix.needs import Needs
-from clipfix.precision import fp32_products
-from clipfix.ranks import rank_of
-from clipfix.sharding import local, reshard, rows_here, shard, unshard
-from clipfix.tokenizer import TokenizeBatch
-from clipfix.trained import merged
+from clipfix.models.adapters import merged
+from clipfix.models.clip import Backbone
+from clipfix.models.tokenizer import TokenizeBatch
+from clipfix.system.ranks import rank_of
+from clipfix.training.precision import fp32_products
+from clipfix.training.sharding import local, reshard, rows_here, shard, unshard
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP (arXiv 2103.00020), section 2.5: the temperature is kept from growing further.
 

@@ -11,11 +11,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from clipfix.backbone import Backbone
-from clipfix.diffusion import Diffusion
+from clipfix.data.needs import Needs
 from clipfix.functional.denoising import denoising_loss
 from clipfix.methods.base import Method, by_sample
-from clipfix.needs import Needs
+from clipfix.models.clip import Backbone
+from clipfix.models.diffusion import Diffusion
 
 
 class Denoise(Method):

@@ -11,14 +11,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from clipfix.backbone import Backbone
-from clipfix.diffusion import Diffusion
 from clipfix.functional.anchors import feature_drift, similarity_drift
 from clipfix.functional.denoising import contrastive_denoising_loss, denoising_loss, logit_normal_timesteps
 from clipfix.functional.patches import PATCH_RULES, Patches, condition_from_tokens
 from clipfix.functional.views import random_crops
 from clipfix.methods.base import Method, Stage, check_choice
-from clipfix.trained import trained_parts
+from clipfix.models.adapters import trained_parts
+from clipfix.models.clip import Backbone
+from clipfix.models.diffusion import Diffusion
 
 
 class DIVA(Method):

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from clipfix.backbone import Backbone
 from clipfix.functional.contrastive import many_positives_loss
 from clipfix.functional.positives import Frozen, Positives, Thresholds, itself, mine, thresholds_for
 from clipfix.functional.sigmoid import best_bias, sigmoid_loss
 from clipfix.methods.base import Method, by_sample, check_choice
-from clipfix.precision import fp32_products
-from clipfix.sharding import shared, unsharded
-from clipfix.tokenizer import TokenizeBatch
+from clipfix.models.clip import Backbone
+from clipfix.models.tokenizer import TokenizeBatch
+from clipfix.training.precision import fp32_products
+from clipfix.training.sharding import shared, unsharded
 
 SAMPLED = 2048  # samples of the first batch from which counts become cosines
 REASONS = ("image_text", "image_image", "text_text")  # conditions that promote a pair, as `Positives` names them

@@ -5,8 +5,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipfix.backbone import Backbone
 from clipfix.methods.base import Method
+from clipfix.models.clip import Backbone
 
 PARTS = ("visual", "text", "logit_scale")
 

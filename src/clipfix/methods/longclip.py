@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from clipfix.backbone import Backbone
 from clipfix.functional.components import principal_reconstruction
 from clipfix.methods.base import Method, check_choice
+from clipfix.models.clip import Backbone
 
 
 def prefix_padded(tokens: Int[Tensor, "b l"], share: Float[Tensor, " b"]) -> Int[Tensor, "b l"]:

@@ -1,0 +1,1 @@
+"""Shards to batches, and what they come from: published sets, corpora, the drawn world."""

@@ -1,0 +1,1 @@
+"""What Lightning needs beside a method: sharded weights, checkpoints, callbacks."""

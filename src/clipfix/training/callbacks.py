@@ -1,0 +1,148 @@
+"""What a run tells about itself while it trains, beside its losses, and the folder that a pretraining ends in."""
+
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import RichProgressBar
+from torch.distributed.tensor import DTensor
+
+from clipfix.models.clip import Backbone
+from clipfix.training.strategy import FSDP2
+
+
+class Progress(RichProgressBar):
+    """Lightning's bar, worded for runs that steps end: they have no epochs to count and no version number."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "Training"
+
+    @property
+    def total_train_batches(self) -> int | float:
+        """All of the run, in batches; Lightning's is what a resumed run has left, in steps."""
+        steps, batches = self.trainer.max_steps, self.trainer.accumulate_grad_batches
+        return steps * batches if steps > 0 else super().total_train_batches
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics
+
+
+class Throughput(L.Callback):
+    """Logs `perf/images_per_second` over all ranks, `perf/memory_gb` (peak) and `data/skipped` (broken samples so far).
+
+    The clock runs from one training batch to the next, waiting for data included, and stands still in validation.
+    """
+
+    def __init__(self) -> None:
+        self.images = self.skipped = 0
+        self.started = 0.0
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """After whatever other callbacks do before training."""
+        self.restart()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.images, self.started = 0, time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.images += len(batch["image"])
+        self.skipped += batch["skipped"]
+        if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            seconds = time.perf_counter() - self.started
+            pl_module.log("perf/images_per_second", trainer.world_size * self.images / seconds)
+            pl_module.log("perf/memory_gb", peak_memory_gb())
+            pl_module.log("data/skipped", float(self.skipped), sync_dist=True, reduce_fx="sum")
+            self.restart()
+
+
+class Finite(L.Callback):
+    """Passes over steps whose gradients are NaN or infinite, and ends a run that has nothing else left.
+
+    Asked of the gradients, when they are whole: what one micro-batch of many or one rank alone makes of a bad sample
+    is in them by then, on all ranks. A step passed over changes no weight and no moment of the optimizer; the schedule
+    goes on. `perf/skipped_steps` counts them. After `patience` of them in a row each rank leaves its last batch as
+    `nonfinite-<rank>.pt` (the one that spoiled the loss, if it did) and the run stops with a ValueError.
+    """
+
+    def __init__(self, folder: str, patience: int) -> None:
+        if patience < 1:
+            raise ValueError(f"callbacks.finite.patience is {patience}: set 1 or more, or callbacks.finite=null.")
+        self.folder, self.patience = Path(folder), patience
+        self.skipped = self.in_a_row = 0
+        self.batch: Any = None
+        self.spoiled = False
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if not self.spoiled:
+            self.batch = batch
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
+        self.spoiled = self.spoiled or not loss.isfinite()
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None]
+        norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights])
+        if isinstance(norm, DTensor):  # sharded: each rank knows its part alone
+            norm = norm.full_tensor()
+        if norm.isfinite():
+            self.in_a_row = 0
+        else:
+            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+            for weight in weights:  # without a gradient no optimizer touches it
+                weight.grad = None
+            if self.in_a_row >= self.patience:
+                self.stop(trainer)
+        pl_module.log("perf/skipped_steps", float(self.skipped))
+        self.batch, self.spoiled = None, False
+
+    def stop(self, trainer: L.Trainer) -> None:
+        kept = self.folder / f"nonfinite-{trainer.global_rank}.pt"
+        torch.save(self.batch, kept)
+        raise ValueError(
+            f"The loss or its gradients were NaN or infinite in {self.in_a_row} steps in a row, the last at step "
+            f"{trainer.global_step}; its batch is {kept}. Lower method.optimizer.lr, set trainer.gradient_clip_val=1 "
+            "or trainer.precision=32-true, and go on from the newest checkpoint by resume=auto."
+        )
+
+    def state_dict(self) -> dict[str, int]:
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.skipped, self.in_a_row = state_dict["skipped"], state_dict["in_a_row"]
+
+
+class SaveFolder(L.Callback):
+    """Writes the backbone as an open_clip folder when training ends: `backbone.name=<folder>` loads it."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if isinstance(trainer.strategy, FSDP2):
+            raise ValueError("callbacks.save_folder writes what one rank holds whole: choose trainer=ddp or gpu.")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module.backbone, Backbone)
+        if trainer.is_global_zero:
+            pl_module.backbone.save(self.folder)
+
+
+def peak_memory_gb() -> float:
+    """The most this process has held: on the GPU where there is one, else in main memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -1,0 +1,174 @@
+"""Checkpoints of `fit`: written whole or not at all, read without running code, found again to resume."""
+
+import os
+import pickle
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from clipfix.system.files import whole
+
+# -- written -----------------------------------------------------------------------------------------------------------
+
+
+class WholeFiles(TorchCheckpointIO):
+    """A checkpoint takes its name when all of it is on disk: whatever happens before, the one of that name stays.
+
+    Departs from Lightning's own, which writes into the temporary folder and copies from there to another disk.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        path = Path(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for left in path.parent.glob(f".{path.name}.*.part"):  # by a run that was killed as it wrote
+                left.unlink(missing_ok=True)
+            with whole(path) as draft, draft.open("xb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into the latter
+            raise ValueError(
+                f"{path} cannot be written ({error}): make room, or write elsewhere by hydra.run.dir=. "
+                "What was saved before is whole: resume=auto goes on from there."
+            ) from error
+
+
+class SaveWhenStopped(L.Callback):
+    """Saves to `path` and stops, between two optimizer steps, when a rank is asked to end: by SIGTERM, as SLURM and
+    torchrun do before they end it by force, or by SIGUSR1, which SLURM's --signal often names.
+
+    In place of Lightning's own handlers: under SIGUSR1 its checkpoint is of the midst of a step, and under SIGTERM each
+    rank calls the others from inside the handler, at whatever it was doing. Here all ranks ask each other once a batch,
+    and an accumulated step or a validation is done with first.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.asked = self.agreed = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Lightning has set its handlers by now; it brings back those before them when training ends."""
+
+        def ask(number: Any, frame: Any) -> None:
+            self.asked = True
+            if trainer.strategy.launcher is not None:  # ranks that were started from here
+                trainer.strategy.launcher.kill(number)
+
+        self.asked = self.agreed = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, ask)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        seen: Any = pl_module.batches_seen
+        step_done = seen % trainer.accumulate_grad_batches == 0
+        self.agreed = step_done and trainer.strategy.reduce_boolean_decision(self.asked, all=False)
+        self.tell(trainer, self.agreed)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.tell(trainer, False)  # ranks with fewer batches would leave the others waiting
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.tell(trainer, self.agreed)
+
+    def tell(self, trainer: L.Trainer, stop: bool) -> None:
+        """Lightning stops when it is done with a batch, and looks here whether to."""
+        trainer._signal_connector.received_sigterm = stop
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, SIGTERMException):
+            trainer.save_checkpoint(self.path)
+
+
+# -- read --------------------------------------------------------------------------------------------------------------
+
+
+def read_checkpoint(checkpoint: str, key: str = "checkpoint") -> dict[str, Any]:
+    """A checkpoint of `fit`; its tensors stay on disk until they are asked for. `key` is what the user set."""
+    if not isinstance(checkpoint, str) or not Path(checkpoint).is_file():
+        raise ValueError(f"{key}={checkpoint} is not there: give the checkpoint of a run, outputs/.../best.ckpt.")
+    try:
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError):
+        saved = {}
+    state = saved.get("state_dict", {})
+    if "batches_seen" not in saved and not any(key.startswith("backbone.") for key in state):
+        raise ValueError(
+            f"{key}={checkpoint} is none of clipfix: give the weights of a whole model (DIVA's, Long-CLIP's, "
+            "OpenAI's, open_clip's) as backbone.pretrained=/path/to/file, a folder as backbone.name=/path/to/folder."
+        )
+    return saved
+
+
+def load_repair(backbone: Any, checkpoint: str) -> dict[str, Any]:
+    """The backbone's trained weights from a checkpoint of `fit`, on top of those it was built with; gives the file."""
+    from clipfix.models.pretrained import assign
+
+    saved = read_checkpoint(checkpoint)
+    state = saved["state_dict"]
+    prefix = "backbone."
+    weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    positions = weights.get("model.text.positional_embedding")
+    if positions is not None and positions.shape[1:] == backbone.text.positional_embedding.shape[1:]:
+        backbone.set_positions(positions)  # Long-CLIP's table is longer than that of the backbone it came from
+    try:
+        unexpected = assign(backbone, weights, strict=False)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()
+        raise ValueError(f"{checkpoint} was trained on another backbone: {first}") from error
+    if unexpected:
+        raise ValueError(f"{checkpoint} was trained on another backbone: {unexpected[0]} is not in this one.")
+    return saved
+
+
+def checkpoint_to_resume(resume: str | None, folder: Path) -> str | None:
+    """`auto` means the newest checkpoint that can be read of this run folder, which `run_folder` chose to continue."""
+    if resume != "auto":
+        if resume is not None:
+            read_checkpoint(resume, "resume")  # what is none is named before anything is scored
+        return resume
+    found = folder.glob("checkpoints/*.ckpt")
+    for path in sorted(found, key=lambda path: (path.name == "last.ckpt", path.stat().st_mtime), reverse=True):
+        try:
+            read_checkpoint(str(path))
+        except ValueError:
+            print(f"{path} is cut off or no checkpoint of fit: passed over.")
+        else:
+            print(f"Resuming {path}")
+            return str(path)
+    print(f"Nothing to resume: {folder} starts from the beginning.")
+    return None
+
+
+class SameBuckets(L.Callback):
+    """Lets DDP sort its gradients into buckets before the first step, of a new run as of a resumed one.
+
+    DDP sends its first backward pass in one piece and later ones in buckets, and where three ranks or more add up, the
+    order depends on the place in the piece: a resumed run would end on other last digits than one left alone. So one
+    pass goes before all, whose gradients are zero.
+    """
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        ranks = trainer.strategy.model
+        if not isinstance(ranks, DistributedDataParallel):
+            return
+
+        def nothing(_: None) -> Tensor:
+            trained = [weight for weight in pl_module.parameters() if weight.requires_grad]
+            return torch.stack([0 * weight.sum() for weight in trained]).sum()
+
+        pl_module.forward = nothing  # type: ignore[method-assign]
+        try:
+            ranks(None).backward()
+        finally:
+            del pl_module.forward
+        pl_module.zero_grad()
