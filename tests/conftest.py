@@ -9,22 +9,11 @@ import pytest
 from jaxtyping import install_import_hook
 
 os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-install_import_hook(
-    [
-        f"clipfix.{name}"
-        for name in (
-            "functional",
-            "methods",
-            "evals",
-            "data.sets",
-            "data.module",
-            "data.decoding",
-            "data.shards",
-            "models.packed_text",
-        )
-    ],
-    "beartype.beartype",
-)
+CHECKED = (
+    "functional", "methods", "evals", "models.packed_text", "data.decoding", "data.module", "data.sets", "data.shards",
+    "data.stored", "data.stream", "data.texts",
+)  # fmt: skip
+install_import_hook([f"clipfix.{name}" for name in CHECKED], "beartype.beartype")
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,11 @@ import numpy as np
 from PIL import Image
 from shards import encoded, picture
 
-from clipfix.data.decoding import Text
-from clipfix.data.module import ShardData, ShardStream, beginning
+from clipfix.data.module import ShardData
 from clipfix.data.needs import Needs
 from clipfix.data.shards import expand
+from clipfix.data.stream import ShardStream, beginning
+from clipfix.data.texts import Text
 
 CAPTION = {"caption": {"key": "txt", "pick": "one"}}
 

@@ -570,7 +570,7 @@ def test_a_picture_that_was_changed_is_broken(
     members["k0"]["png"] = encoded(picture(0) ^ 1)  # also the first of a shard, which is looked at before training
     members["k2"]["latent.npz"] = members["k2"]["latent.npz"][:-30]
     pack(tmp_path / "changed" / "0.tar", members)
-    with caplog.at_level(logging.DEBUG, "clipfix.data.module"):
+    with caplog.at_level(logging.DEBUG, "clipfix.data.stream"):
         batch = next(iter(reading(tmp_path / "changed", diffusion, batch_size=8).train_dataloader()))
     assert batch["key"] == [f"k{number}" for number in (1, 3, 4, 5, 6, 7, 8, 9)]
     assert batch["skipped"] == 2

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from clipfix import PACKAGE
-from clipfix.models.diffusion import DTYPES, Diffusion, PatchPCA, clip_tokenizer
+from clipfix.models.diffusion import DTYPES, Diffusion, clip_tokenizer
+from clipfix.models.patch_pca import PatchPCA
 
 NOISE = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.functional import to_pil_image, to_tensor
 
 from clipfix.__main__ import main
-from clipfix.results.pictures import generator as samples
-from clipfix.results.pictures.generator import Reconstructions
+from clipfix.results.pictures import diva as samples
+from clipfix.results.pictures.diva import Reconstructions
 
 PICTURES = 3
 FAST = {"optimizer": {"name": "SGD", "lr": 10.0}, "warmup_steps": 0}  # a few steps must change what is drawn

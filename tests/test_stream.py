@@ -68,7 +68,7 @@ def test_a_worker_without_a_usable_sample_of_the_selection_split_has_none(tmp_pa
 
 def test_a_wrong_key_of_large_data_is_told_before_a_whole_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     numbered(tmp_path, [50, 50])
-    monkeypatch.setattr("clipfix.data.module.LOOK_AROUND", 4)
+    monkeypatch.setattr("clipfix.data.stream.LOOK_AROUND", 4)
     data = shard_data(str(tmp_path), texts={"caption": {"key": "Long", "pick": "one"}})
     with pytest.raises(ValueError, match=r"no usable sample in 4 in a row, and no shard of data.train .*'Long'"):
         next(iter(data.train_dataloader()))
@@ -78,7 +78,7 @@ def test_more_workers_than_samples_are_told_what_to_lower(tmp_path: Path, monkey
     numbered(tmp_path, [2])
     for worker, has_one in enumerate((True, True, False)):
         monkeypatch.setattr(
-            "clipfix.data.module.get_worker_info", lambda id=worker: SimpleNamespace(id=id, num_workers=3)
+            "clipfix.data.stream.get_worker_info", lambda id=worker: SimpleNamespace(id=id, num_workers=3)
         )
         samples = iter(stream(tmp_path, workers=3))
         if has_one:
@@ -172,7 +172,7 @@ def test_every_sample_once_a_pass(
     single: list[str] = []
     for rank, worker in itertools.product(range(world), range(max(workers, 1))):
         info = SimpleNamespace(id=worker, num_workers=workers) if workers else None
-        monkeypatch.setattr("clipfix.data.module.get_worker_info", lambda info=info: info)
+        monkeypatch.setattr("clipfix.data.stream.get_worker_info", lambda info=info: info)
         for number, part in enumerate(passes(stream(tmp_path, rank=rank, world=world, workers=workers), 3)):
             endless[number] += part
         single += [sample["key"] for sample in stream(tmp_path, rank=rank, world=world, endless=False)]

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from shards import encoded, numbered, pack, picture
 from streams import BROKEN, shard_data
 
-from clipfix.data.module import beginning
+from clipfix.data.stream import beginning
 
 
 def with_broken_samples(folder: Path) -> str:

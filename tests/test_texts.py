@@ -15,9 +15,9 @@ import torch
 from shards import encoded, numbered, pack, picture
 from streams import CAPTION, shard_data
 
-from clipfix.data.decoding import Text
-from clipfix.data.module import ShardStream, beginning
 from clipfix.data.shards import expand
+from clipfix.data.stream import ShardStream, beginning
+from clipfix.data.texts import Text
 
 SAMPLE = {
     "txt": "raw",

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from clipfix.methods.denoise import Denoise, joined_texts
 from clipfix.models.diffusion import Diffusion
-from clipfix.results.pictures.generator import Samples
+from clipfix.results.pictures.denoise import Samples
 
 
 def hearing(clip_folder: str, generator_folder: str, **overrides: object) -> Denoise:

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from clipfix.annotate import Annotator, Raw, Sample
-from clipfix.data.decoding import square, strings
+from clipfix.data.decoding import square
+from clipfix.data.texts import strings
 from clipfix.evals.embed import embed_images
 from clipfix.evals.features import scoring
 from clipfix.models.clip import Backbone

@@ -11,7 +11,7 @@ from rich.table import Table
 from sklearn.metrics import precision_recall_curve
 from torch import Tensor
 
-from clipfix.evals.colours import AFTER, BEFORE, GREEN, INK, RED
+from clipfix.evals.plots import AFTER, BEFORE, GREEN, INK, RED
 from clipfix.functional.positives import Thresholds
 
 # Each threshold with the cosines that it cuts.

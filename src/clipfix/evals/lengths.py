@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from clipfix.data.decoding import Text
+from clipfix.data.texts import Text
 from clipfix.evals.base import Benchmark
-from clipfix.evals.colours import AFTER, BEFORE
 from clipfix.evals.features import Features
 from clipfix.evals.outcomes import Outcome, Outcomes
+from clipfix.evals.plots import AFTER, BEFORE
 from clipfix.evals.retrieval import both_ways
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from clipfix.evals.base import Benchmark
 from clipfix.evals.embed import Local, Sample, Shards, pictures
 from clipfix.evals.features import Features
-from clipfix.evals.gallery import Cell, gallery
 from clipfix.evals.outcomes import Outcome, Outcomes
+from clipfix.evals.plots import Cell, gallery
 
 
 def picks(

@@ -12,12 +12,12 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from clipfix.data.decoding import Text
+from clipfix.data.texts import Text
 from clipfix.evals.base import Benchmark
 from clipfix.evals.embed import Shards, pictures
 from clipfix.evals.features import Features
-from clipfix.evals.gallery import Cell, gallery
 from clipfix.evals.outcomes import Outcome, Outcomes
+from clipfix.evals.plots import Cell, gallery
 from clipfix.evals.ranking import ranks
 
 SHOWN = 12  # pictures in the figure

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from clipfix.evals.base import Benchmark
-from clipfix.evals.colours import AFTER, BEFORE
 from clipfix.evals.outcomes import save as save_outcomes
+from clipfix.evals.plots import AFTER, BEFORE
 from clipfix.results.compare.rows import named, number
 from clipfix.training.callbacks import peak_memory_gb
 

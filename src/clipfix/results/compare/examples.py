@@ -90,7 +90,8 @@ def most_moved(groups: Sequence[Group]) -> tuple[str, np.ndarray, np.ndarray, li
 
 def fetch(asked: Mapping[str, Any], keys: set[str]) -> dict[str, dict[str, Any]]:
     """Picture and captions by key; the first sample of a key counts."""
-    from clipfix.data.decoding import Text, samples
+    from clipfix.data.decoding import samples
+    from clipfix.data.texts import Text
     from clipfix.evals.embed import decoded
 
     text, shards = Text(**asked["text"]), asked["shards"]
@@ -115,7 +116,7 @@ def published(settings: Mapping[str, Any]) -> Source:
 
 def picture(cases: Sequence[Case]) -> Figure:
     """All cases as one grid."""
-    from clipfix.evals.gallery import Cell, gallery
+    from clipfix.evals.plots import Cell, gallery
 
     cells = [
         Cell(case.image, "better" if case.better else "worse", [*case.lines, (case.texts[0], None)]) for case in cases

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from clipfix.evals.colours import BEFORE, GROUPS, INK
+from clipfix.evals.plots import BEFORE, GROUPS, INK
 from clipfix.results.compare.results import Group
 
 # The nine patterns of MMVP-VLM (arXiv 2401.06209), and what fits around a circle.

@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 from torchvision.transforms.functional import to_pil_image
 
-from clipfix.evals.gallery import Cell, gallery
+from clipfix.evals.plots import Cell, gallery
 from clipfix.methods.fff import FFF, Promotion
 from clipfix.results.report import show
 
