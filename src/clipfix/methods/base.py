@@ -25,7 +25,7 @@ from clipfix.models.clip import Backbone
 from clipfix.models.tokenizer import TokenizeBatch
 from clipfix.system.ranks import rank_of
 from clipfix.training.precision import fp32_products
-from clipfix.training.sharding import local, reshard, rows_here, shard, unshard
+from clipfix.training.sharding import local, reshard, rows_here, shard, shared, unshard
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP (arXiv 2103.00020), section 2.5: the temperature is kept from growing further.
 
@@ -157,7 +157,7 @@ class Method(L.LightningModule, ABC):
     def on_train_batch_end(self, *_: Any) -> None:
         if self.backbone.logit_scale.requires_grad:  # frozen, it stays as published, even a rounding above the limit
             with torch.no_grad():
-                self.backbone.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+                local(self.backbone.logit_scale).clamp_(max=MAX_LOGIT_SCALE)
 
     # -- sharded weights (trainer=fsdp): gathered as `loss` runs, and held whole by every rank in validation, where one
     # -- may have more batches than another
@@ -200,6 +200,11 @@ class Method(L.LightningModule, ABC):
         """The rows of every rank, joined, with gradient."""
         return Gather.apply(rows) if self.world_size > 1 else rows
 
+    @property
+    def scale(self) -> Float[Tensor, ""]:
+        """The inverse temperature, whole on every rank."""
+        return shared(self.backbone.logit_scale).exp()
+
     def contrast(
         self, image: Float[Tensor, "b d"], text: Float[Tensor, "b d"], label_smoothing: float
     ) -> Float[Tensor, ""]:
@@ -209,7 +214,7 @@ class Method(L.LightningModule, ABC):
             text,
             all_image=self.gather(image),
             all_text=self.gather(text),
-            scale=self.backbone.logit_scale.exp(),
+            scale=self.scale,
             first_row=self.rank * len(image),
             label_smoothing=label_smoothing,
         )

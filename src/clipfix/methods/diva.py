@@ -300,7 +300,7 @@ class DIVA(Method):
         """How far the visual tower has moved, as `anchor` sees it."""
         if text is None or self.anchor == "features":
             return feature_drift(image, original)
-        return similarity_drift(image, original, self.gather(text), self.backbone.logit_scale.exp())
+        return similarity_drift(image, original, self.gather(text), self.scale)
 
 
 def check_dcr(temperature: float, negatives: int, crop_area: list[float], crop_ratio: list[float]) -> None:

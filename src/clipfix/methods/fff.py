@@ -145,11 +145,11 @@ class FFF(Method):
         if self.objective == "sigmoid" and self.start_bias is None:
             with unsharded(self):
                 image, text = self.gather(self.images(self.backbone, batch)), self.gather(self.texts(batch))
-            scale = self.backbone.logit_scale.exp()
+            scale = self.scale
             shared(self.bias).copy_(best_bias(image, text, scale, partial(self.positives, known, known, 0), self.tile))
 
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        image, text, scale = self.images(self.backbone, batch), self.texts(batch), self.backbone.logit_scale.exp()
+        image, text, scale = self.images(self.backbone, batch), self.texts(batch), self.scale
         known, first, rows = self.look(batch), self.rank * len(image), len(image)
         own = known.rows(slice(first, first + rows))
         counts: dict[str, Any] = defaultdict(int)  # tensors, so that no tile waits for the device

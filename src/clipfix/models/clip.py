@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from clipfix.functional.positions import stretch
 from clipfix.models.attention import SelfAttention
-from clipfix.models.packed_text import Block, encode_packed, packed_block
+from clipfix.models.packed_text import encode_packed, install
 from clipfix.models.pretrained import (
     CONFIG_FILE,
     WEIGHT_FILES,
@@ -40,7 +40,6 @@ from clipfix.models.pretrained import (
 )
 from clipfix.models.tokenizer import Tokens
 from clipfix.system.files import whole
-from clipfix.training.sharding import shared
 
 
 class Backbone(nn.Module):
@@ -94,7 +93,8 @@ class Backbone(nn.Module):
             self.logit_scale.data.copy_(teacher.logit_scale.data)
         SelfAttention.take_over(self.model)
         self.compiled = False
-        self._packed_block: Block = packed_block
+        if self._packs:
+            install(_blocks(self.text), compiled=False)
         if compiled:
             self.compile_blocks()
 
@@ -107,7 +107,8 @@ class Backbone(nn.Module):
         towers = [self.visual] if self._packs else [self.visual, self.text]
         for block in [block for tower in towers for block in _blocks(tower)]:
             block.compile(dynamic=False)
-        self._packed_block = torch.compile(packed_block, dynamic=True)  # the number of words differs in each batch
+        if self._packs:
+            install(_blocks(self.text), compiled=True)
 
     @property
     def visual(self) -> nn.Module:
@@ -118,9 +119,9 @@ class Backbone(nn.Module):
         return self.model.text
 
     @property
-    def logit_scale(self) -> Tensor:
-        """Natural logarithm of the inverse temperature: the parameter, or what stands for it where it is sharded."""
-        return shared(self.model.logit_scale)
+    def logit_scale(self) -> nn.Parameter:
+        """Natural logarithm of the inverse temperature."""
+        return self.model.logit_scale
 
     @property
     def image_size(self) -> int:
@@ -208,7 +209,7 @@ class Backbone(nn.Module):
         if not self._cuts:
             return self.model.encode_text(tokens)
         if self._packs:
-            return encode_packed(text, tokens, self._packed_block if torch.is_grad_enabled() else packed_block)
+            return encode_packed(text, tokens)
         length = int(tokens.argmax(dim=1).max()) + 1
         tokens = tokens[:, :length]
         x, mask = text._embeds(tokens)

@@ -1,8 +1,8 @@
 """A causal text tower on real tokens alone: texts laid end to end, no padding except inside attention."""
 
-from collections.abc import Callable
 from inspect import signature
 from itertools import groupby
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-from clipfix.training.sharding import as_forward
 
 try:  # torch 2.11 and later; flash attention on texts of any lengths, on a GPU
     from torch.nn.attention.varlen import varlen_attn
@@ -43,7 +41,23 @@ class Ends(NamedTuple):
 
 
 Layout = list[Group] | Ends
-Block = Callable[[Any, Tensor, Layout, Tensor | None], Tensor]
+
+
+def install(blocks: Any, compiled: bool) -> None:
+    """Give each residual block of a text tower a method `packed`, which `encode_packed` then calls.
+
+    A method of the module, so that whoever wraps forward passes (FSDP2) can wrap this one too. With `compiled`,
+    torch.compile runs it where that pays: passes with gradients, on texts laid out for attention in one call; groups
+    of other lengths would be compiled anew in every batch.
+    """
+    fast = torch.compile(packed_block, dynamic=True) if compiled else packed_block
+
+    def packed(block: Any, x: Tensor, layout: Layout, only: Tensor | None) -> Tensor:
+        function = fast if isinstance(layout, Ends) and torch.is_grad_enabled() else packed_block
+        return function(block, x, layout, only)
+
+    for block in blocks:
+        block.packed = MethodType(packed if compiled else packed_block, block)
 
 
 def packed_block(block: Any, x: Float[Tensor, "t w"], layout: Layout, only: Tensor | None) -> Float[Tensor, "n w"]:
@@ -55,13 +69,13 @@ def packed_block(block: Any, x: Float[Tensor, "t w"], layout: Layout, only: Tens
     return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
-def encode_packed(text: Any, tokens: Int[Tensor, "b l"], block: Block = packed_block) -> Float[Tensor, "b d"]:
+def encode_packed(text: Any, tokens: Int[Tensor, "b l"]) -> Float[Tensor, "b d"]:
     """Pooled and projected features of open_clip's `TextTransformer`: its own, without computing the padding.
 
     For a tower with a causal mask, ordinary blocks (`ResidualAttentionBlock`), pooled at the largest id, the end token,
     and projected by a matrix. Nothing behind that token can reach the feature, so only tokens up to it are laid out,
     [t, width]; attention alone sees texts apart: by torch's variable-length attention on a GPU in half precision, else
-    in groups of similar length. `block` computes one residual block: `packed_block`, or it compiled.
+    in groups of similar length. Blocks run by their method `packed` where they have one (`install`).
 
     Source: Patch n' Pack (arXiv 2307.06304) for the packing; grouping by length instead of masking is ours.
     """
@@ -83,13 +97,13 @@ def encode_packed(text: Any, tokens: Int[Tensor, "b l"], block: Block = packed_b
     x = text.token_embedding(tokens[order[row], position]).to(dtype)
     x = x + F.embedding(position, text.positional_embedding).to(dtype)
     blocks = text.transformer.resblocks
-    step = block if in_one_call else packed_block  # a compiled one would be compiled anew for other groups
-    for part in blocks:
-        only = pooled if part is blocks[-1] else None
+    for block in blocks:
+        only = pooled if block is blocks[-1] else None
+        run = getattr(block, "packed", None) or MethodType(packed_block, block)
         if text.transformer.grad_checkpointing:
-            x = checkpoint(as_forward, part, step, x, layout, only, use_reentrant=False)
+            x = checkpoint(run, x, layout, only, use_reentrant=False)
         else:
-            x = as_forward(part, step, x, layout, only)
+            x = run(x, layout, only)
     return text.ln_final(x) @ text.text_projection
 
 

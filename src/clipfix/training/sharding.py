@@ -5,17 +5,19 @@ costs, and gathering a frozen generator in every step would cost more time than 
 split; they are replicated, like the rest as DTensors, so that an optimizer, a norm or a clip meets one kind alone.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+# Methods that run in the place of a module's forward, so that its weights must be gathered for them as well.
+FORWARD_METHODS = ("packed",)
 
 # -- modules -----------------------------------------------------------------------------------------------------------
 
@@ -40,6 +42,9 @@ def shard(module: nn.Module, mesh: DeviceMesh) -> None:
     for part in [*_blocks(module), module]:
         # The outermost too, which torch would leave whole behind a forward: who reads weights then finds them split.
         fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+        for name in FORWARD_METHODS:
+            if hasattr(part, name):
+                register_fsdp_forward_method(part, name)
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
@@ -53,15 +58,6 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 def _splits(weight: Tensor) -> bool:
     return weight.requires_grad and weight.ndim > 0
-
-
-def as_forward(module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
-    """`function(module, *args)` in the place of the module's forward, so that its hooks gather its weights."""
-    module.forward = partial(function, module)  # type: ignore[method-assign]
-    try:
-        return module(*args)
-    finally:
-        del module.forward
 
 
 def unshard(module: nn.Module) -> None:
