@@ -10,8 +10,8 @@ from jaxtyping import install_import_hook
 
 os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 CHECKED = (
-    "functional", "methods", "evals", "models.packed_text", "data.decoding", "data.module", "data.sets", "data.shards",
-    "data.stored", "data.stream", "data.texts",
+    "functional", "methods", "parts", "evals", "models.packed_text", "data.decoding", "data.module", "data.sets",
+    "data.shards", "data.stored", "data.stream", "data.texts",
 )  # fmt: skip
 install_import_hook([f"clipfix.{name}" for name in CHECKED], "beartype.beartype")
 

@@ -134,8 +134,8 @@ def test_parallel_jobs_leave_a_folder_each_and_one_table(world, pairs, tmp_path,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(Path(ranks.__file__).parents[1]))
     with pytest.raises(SystemExit) as exit_:
-        command(*pairs, world, "logger=wandb", "hydra/launcher=parallel", "method.warmup_steps=0,1,99")
-    assert "job 2 of the sweep: method.warmup_steps is 99" in str(exit_.value.code)
+        command(*pairs, world, "logger=wandb", "hydra/launcher=parallel", "method.schedule.warmup_steps=0,1,99")
+    assert "job 2 of the sweep: method.schedule.warmup_steps is 99" in str(exit_.value.code)
     assert "Traceback" not in str(exit_.value.code)
     (sweep,) = (tmp_path / "outputs" / "sweeps").iterdir()
     assert sorted(path.parent.name for path in sweep.glob("*/results.json")) == ["0", "1"]

@@ -31,7 +31,7 @@ RUN = [
     "trainer=cpu",
     "trainer.val_check_interval=1",
     "trainer.log_every_n_steps=1",
-    "method.warmup_steps=1",
+    "method.schedule.warmup_steps=1",
 ]
 DATA = ["data.batch_size=8", "data.workers=0", "data.shuffle=0"]
 SIZES = {
@@ -49,9 +49,18 @@ SIZES = {
 }
 WORLD = [f"data.prepare.{name}={size}" for name, size in SIZES.items()]
 QUICK = [*RUN, *DATA, *WORLD, "method.steps=2"]
-DIVA = ["method=diva", "method.projection_steps=1", "method.watch_every=1"]  # one step of each stage, all notes taken
+DIVA = [
+    "method=diva",
+    "method.condition.steps=1",
+    "callbacks.watch.every_n_batches=1",
+]  # one step of each stage, all notes taken
 FEWER = [f"~eval.benchmarks.{name}" for name in ("pairs_local", "probes", "retrieval_long", "lengths")]  # dear to score
-UNSTAGED = ["method.projection_from=images", "method.projection_steps=0"]  # its tower moves from the first step on
+UNSTAGED = [
+    "condition@method.condition=visual_tokens",
+    "patches@method.condition.patches=none",
+    "method.condition.null_text=mean",
+    "method.condition.tokens=8",
+]  # its tower moves from the first step on
 UNDRAWN = ["callbacks.reconstructions=null"]
 
 
@@ -198,7 +207,7 @@ def test_diva_learns_the_same_from_stored_latents(clipfix, scenes):
     [
         ["method=finetune", "method.optimizer.lr=0.01"],
         ["method=finetune", "method.optimizer.lr=0.01", "wise=0.5"],
-        ["method=diva", *UNSTAGED, *UNDRAWN, "method.optimizer.lr=0.1", "method.train=lora", "wise=0.5"],
+        ["method=diva", *UNSTAGED, *UNDRAWN, "method.optimizer.lr=0.1", "trainable@method.trainable=lora", "wise=0.5"],
     ],
     ids=["finetune", "wise", "lora and wise"],
 )
@@ -277,7 +286,10 @@ def test_photographs_packed_by_img2dataset(picture, choices, clipfix, tmp_path, 
         (["backbone.pretrained=nowhere.pt"], ["nowhere.pt"]),
         (["method=longclip", "data=shards", "data.train=nowhere", "eval=none"], ["reads data.texts.long", "key: long"]),
         (["method=finetune", "method.train=[vision]"], ["visual, text, logit_scale"]),
-        (["method=fff", "method.reference=null"], ["method.reference is null", "data.features=features.npz"]),
+        (
+            ["method=fff", "method.mining.reference=null"],
+            ["method.mining.reference is null", "data.features=features.npz"],
+        ),
         (["method=finetune", "data=shards", "data.train=nowhere/*.tar", "eval=none"], ["nowhere"]),
         (["run=eval", "backbone=folder", "eval=none"], ["backbone.name=..."]),
     ],
@@ -294,8 +306,12 @@ def test_mistakes_get_one_clear_error(arguments, words, clipfix, capsys):
     [
         ("finetune", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), ["2.00 GiB"]),
         ("longclip", RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: ..."), ["method.chunk=64"]),
-        ("fff", RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed."), ["lower method.tile (256)"]),
-        ("diva", MemoryError(), ["method.checkpointing=true", "diffusion.checkpointing=true"]),
+        (
+            "fff",
+            RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed."),
+            ["lower method.objective.tile (256)"],
+        ),
+        ("diva", MemoryError(), ["backbone.checkpointing=true", "diffusion.checkpointing=true"]),
     ],
 )
 def test_out_of_memory_says_what_to_lower(method, error, words, clipfix, scenes, monkeypatch):

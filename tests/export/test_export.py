@@ -25,9 +25,10 @@ QUICK = [*RUN, *DATA, *WORLD, "method.steps=2", *(f"~eval.benchmarks.{name}" for
         ["method=longclip", "wise=0.5"],
         [
             "method=diva",
-            "method.train=lora",
-            "method.projection_from=images",
-            "method.projection_steps=0",
+            "trainable@method.trainable=lora",
+            "condition@method.condition=visual_tokens",
+            "patches@method.condition.patches=none",
+            "method.condition.null_text=mean",
             "wise=0.5",
             "callbacks.reconstructions=null",
         ],

@@ -33,10 +33,10 @@ def test_loss_is_the_mean_error_of_single_pictures(clip_folder, generator_folder
     loss = method.loss(inputs)["denoising"]
 
     method.seed_draws(0)
-    dropped = torch.rand(6, generator=method.generator) < text_dropout
+    dropped = torch.rand(6, generator=method.ranks.generator) < text_dropout
     assert 0 < dropped.sum() < 6 or text_dropout != 0.5
-    noise = torch.randn(6, 4, 8, 8, generator=method.generator)
-    timesteps = torch.randint(0, 1000, (6,), generator=method.generator)
+    noise = torch.randn(6, 4, 8, 8, generator=method.ranks.generator)
+    timesteps = torch.randint(0, 1000, (6,), generator=method.ranks.generator)
     errors = []
     for row in range(6):
         latent = diffusion.encode(inputs["image"][row : row + 1])

@@ -31,7 +31,7 @@ ROWS, STEPS, ACCUMULATED = 8, 3, 2
 UNEVEN = ((4, 4, 3), (4, 1), (2,), (4, 4, 4, 3))  # rows of the validation batches of each rank
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in METHODS},
-    "diva, lora": ("diva", {"train": "lora", "lora": {"rank": 4, "alpha": 4}, "caption_weight": 1.0}),
+    "diva, lora": ("diva", {"groups": ["trainable=lora"], "trainable": {"rank": 4, "alpha": 4}, "caption_weight": 1.0}),
     "longclip, chunked": ("longclip", {"chunk": 2}),
 }
 # Adam's own eps lets gradients of nothing but rounding move a weight as far as real ones.
@@ -91,7 +91,8 @@ def fit(
 ) -> None:  # fmt: skip
     """Leaves step=1.ckpt and so on, and the metrics of the last step."""
     name, own = SETTINGS[case]
-    method = build(name, clip, generator, **{"steps": STEPS, "optimizer": OPTIMIZER} | own)
+    settings = {"steps": STEPS, "optimizer": OPTIMIZER} | own
+    method = build(name, clip, generator, *settings.pop("groups", ()), **settings)
     each = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     trainer = L.Trainer(
         accelerator="cpu", devices=ranks, strategy=FSDP2() if kind == "fsdp" else kind,

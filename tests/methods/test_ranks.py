@@ -23,24 +23,23 @@ from clipfix.models import diffusion
 ROWS, BATCHES, STEPS = 8, 2, 2
 WORLDS = ((2, "ddp"), (2, "fsdp"), (4, "ddp"))
 OPTIMIZER = {"name": "AdamW", "lr": 1e-2, "weight_decay": 0.1}
-CAPTIONS = {"projection_from": "captions", "projection_steps": 2, "patches": "none", "patch_amount": None}
-CASES: dict[str, tuple[str, int, dict]] = {  # the method, its optimizer step, and what its yaml does not say
-    **{name: (name, 0, {}) for name in METHODS},
-    "diva, contrastive": ("diva", 0, {"feedback": "contrastive", "control": "shuffled"}),
-    "diva, captions": ("diva", 0, CAPTIONS | {"null_text": "mean", "condition_tokens": 3}),
-    "diva, then images": ("diva", 2, CAPTIONS | {"null_text": "mean", "condition_tokens": 3}),
-}
+CAPTIONS = {"steps": 2, "tokens": 3}
+CASES: dict[str, tuple[str, int, tuple[str, ...], dict]] = {  # the method, its optimizer step, parts and settings
+    **{name: (name, 0, (), {}) for name in METHODS},
+    "diva, contrastive": (
+        "diva", 0, ("feedback=contrastive",),
+        {"shuffled": True, "feedback": {"negatives": 2, "crop_area": [0.5, 0.8], "crop_ratio": [1.0, 1.0]}},
+    ),
+    "diva, captions": ("diva", 0, ("condition=caption_space",), {"condition": CAPTIONS}),
+    "diva, then images": ("diva", 2, ("condition=caption_space",), {"condition": CAPTIONS}),
+}  # fmt: skip
 
 
 def build_case(case: str, clip_folder: str, generator_folder: str) -> Method:
-    name, step, settings = CASES[case]
-    if settings.get("feedback"):
-        settings = settings | {
-            "dcr": {"temperature": 0.1, "negatives": 2, "crop_area": [0.5, 0.8], "crop_ratio": [1.0, 1.0]}
-        }
-    method = build(name, clip_folder, generator_folder, optimizer=OPTIMIZER, **settings)
+    name, step, groups, settings = CASES[case]
+    method = build(name, clip_folder, generator_folder, *groups, optimizer=OPTIMIZER, **settings)
     if step:
-        torch.nn.init.normal_(method.visual_proj.weight, generator=torch.Generator().manual_seed(0))
+        torch.nn.init.normal_(method.condition.projection.weight, generator=torch.Generator().manual_seed(0))
         method._trainer = SimpleNamespace(global_step=step)  # what Lightning's global_step reads
     return method.double()
 
@@ -54,7 +53,7 @@ class Step(torch.nn.Module):
 
     def forward(self, inputs: dict, number: int) -> torch.Tensor:
         self.method.seed_draws(number)
-        return torch.stack(list(self.method.loss(inputs).values())).sum()
+        return torch.stack(list(self.method.terms(inputs).values())).sum()
 
 
 def rows(inputs: dict, start: int, stop: int) -> dict:

@@ -57,7 +57,7 @@ class ShardData(L.LightningDataModule):
             )
         if needs.features and features is None:
             raise ValueError(
-                "method.reference is null, so its features are read from the shards: write them by run=annotate "
+                "method.mining.reference is null, so its features are read from the shards: write them by run=annotate "
                 "annotator=features (data/README.md) and set data.features=features.npz, or name a reference."
             )
         if latents and needs.latents is None:
