@@ -67,6 +67,34 @@ def generator_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def vocabulary() -> dict[str, int]:
+    """CLIP's, with the ends of a text named as in transformers."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    words = SimpleTokenizer().encoder
+    return {word.replace("_of_", "of").replace("<start", "<|start").replace("<end", "<|end").replace("text>", "text|>")
+            if word in ("<start_of_text>", "<end_of_text>") else word: n for word, n in words.items()}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The word for a drawn world with every split, for the words of `front_door`."""
+    from front_door import WORLD
+    from worlds import drawn
+
+    return drawn(tmp_path_factory, "scenes", *WORLD)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The word for a drawn world that is hardly scored, for the words of `small_runs`."""
+    from small_runs import RUN
+    from worlds import drawn
+
+    return drawn(tmp_path_factory, "world", *RUN)
+
+
 @pytest.fixture
 def clipfix(tmp_path, monkeypatch, capsys):
     """Runs the command in an empty folder; returns the newest run folder and what was printed."""
