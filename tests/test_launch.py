@@ -92,6 +92,7 @@ def test_a_signal_to_one_rank_stops_all_and_they_go_on_to_the_same_weights(world
     assert all(torch.equal(value, expected[key]) for key, value in weights(run).items())
 
 
+@pytest.mark.slow
 def test_parallel_jobs_leave_a_folder_each_and_one_table(world, pairs, tmp_path, monkeypatch, capfd):
     """One of three jobs fails: it is named, and what the others found is kept."""
     monkeypatch.chdir(tmp_path)
