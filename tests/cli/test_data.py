@@ -4,13 +4,13 @@ import csv
 import json
 
 import pytest
-from front_door import DATA, QUICK, RUN, UNSTAGED, refusal
+from front_door import DATA, QUICK, RUN, UNDRAWN, UNSTAGED, refusal
 from shards import photographs
 
 
 def test_diva_learns_the_same_from_stored_latents(clipfix, scenes):
     """Stored in half; the selection split has none, and its own are computed."""
-    settings = [scenes, *QUICK, "eval=none", "diffusion.dtype=fp32"]
+    settings = [scenes, *QUICK, *UNDRAWN, "eval=none", "diffusion.dtype=fp32", "trainer.val_check_interval=2"]
     clipfix("run=annotate", "annotator=latents", "annotator.output=stored", *settings)
     read = ["data.train=stored", "data.latents=latent.npz"]
     losses = []

@@ -24,11 +24,11 @@ from clipfix.__main__ import main
     ids=["finetune", "wise", "lora and wise"],
 )
 def test_eval_of_a_checkpoint_repeats_the_scores_after_fit(settings, clipfix, scenes):
-    fit, _ = clipfix(*settings, scenes, *QUICK, *FEWER)
+    fit, _ = clipfix(*settings, scenes, *QUICK, *FEW)
     after, before = (json.loads((fit / "results.json").read_text())["scores"][when] for when in ("after", "before"))
     assert after != before
     best = fit / "checkpoints" / "best.ckpt"
-    again, _ = clipfix("run=eval", f"checkpoint={best}", "method=finetune", scenes, *QUICK, *FEWER)
+    again, _ = clipfix("run=eval", f"checkpoint={best}", "method=finetune", scenes, *QUICK, *FEW)
     results = json.loads((again / "results.json").read_text())
     assert results["scores"]["score"] == after
     trained = json.loads((fit / "results.json").read_text())
@@ -52,7 +52,7 @@ def test_nothing_is_scored_that_chose_the_checkpoint(clipfix, scenes):
 def test_same_seed_same_scores_and_sweeps_differ_by_seed(clipfix, scenes, tmp_path):
     sweep = ["-m", "seed=1,2,1", *DIVA, "method.optimizer.lr=0.01", "eval.selection=null"]
     sweep += UNDRAWN
-    clipfix(*sweep, scenes, *QUICK, *FEWER, "logger=wandb")
+    clipfix(*sweep, scenes, *QUICK, *FEW, "logger=wandb")
     one, two, three = (
         json.loads(path.read_text())["scores"]["after"]
         for path in sorted(tmp_path.glob("outputs/sweeps/*/*/results.json"), key=os.path.getmtime)
@@ -67,6 +67,18 @@ def as_started(*words: str) -> None:
         main()
 
 
+def test_two_ranks_score_as_one(clipfix, scenes, tmp_path):
+    """The 48 pictures fill no whole batch, and the second rank prints nothing."""
+    words = ["run=eval", scenes, *QUICK, *FEW]
+    folder, _ = clipfix(*words)
+    two = [*words, "trainer.devices=2", "trainer.strategy=auto", "hydra.run.dir=two"]
+    assert on_two_ranks("torchrun", as_started, *two) == [0, 0]
+    alone, shared = (json.loads((run / "results.json").read_text())["scores"] for run in (folder, tmp_path / "two"))
+    assert shared == alone
+    assert ["Run folder" in (tmp_path / f"printed-{rank}").read_text() for rank in (0, 1)] == [True, False]
+
+
+@pytest.mark.slow
 def test_two_devices_score_as_one(clipfix, scenes, tmp_path):
     """Before and after training, started by Lightning, and alone, by torchrun; pictures that fill no whole batch."""
     two = [scenes, *QUICK, *FEWER, "trainer.devices=2", "trainer.strategy=auto"]
