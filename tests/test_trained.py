@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+from architectures import VARIANTS, architecture
+from fits import fit
 from small import batch, build
-from test_backbone import VARIANTS, architecture
-from test_contract import fit
 from torch import nn
 
 from clipfix.models.adapters import add_lora, merged

@@ -103,7 +103,9 @@ def test_one_is_the_trained_model(clip_folder, generator_folder, tmp_path):
         assert torch.equal(saved["state_dict"][f"backbone.{name}"], p), name
 
 
-@pytest.mark.parametrize("name", ["longclip", "diva", "lora"])
+@pytest.mark.parametrize(
+    "name", ["longclip", pytest.param("diva", marks=pytest.mark.slow), pytest.param("lora", marks=pytest.mark.slow)]
+)
 def test_resumed_equals_uninterrupted(name, clip_folder, generator_folder, tmp_path):
     groups, overrides = (["trainable=lora"], LORA) if name == "lora" else ([], {})
     kind = "diva" if name == "lora" else name

@@ -6,9 +6,9 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from front_door import DATA, RUN, WORLD, refusal
 from kinds import equal
 from safetensors.torch import load_file
-from test_main import DATA, RUN, WORLD, refusal, scenes  # noqa: F401
 from transformers import CLIPModel
 
 from clipfix.models.clip import Backbone, weights_hash
@@ -35,7 +35,7 @@ QUICK = [*RUN, *DATA, *WORLD, "method.steps=2", *(f"~eval.benchmarks.{name}" for
     ],
     ids=["stretched", "lora"],
 )
-def test_what_was_scored_is_what_is_exported(settings, clipfix, scenes):  # noqa: F811
+def test_what_was_scored_is_what_is_exported(settings, clipfix, scenes):
     run, _ = clipfix(*settings, scenes, *QUICK, "method.optimizer.lr=0.1", "eval.selection=null")
     results = json.loads((run / "results.json").read_text())
     checkpoint = run / results["checkpoint"]

@@ -3,13 +3,12 @@
 import inspect
 import math
 
-import lightning as L
 import pytest
 import torch
+from fits import fit
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 from small import CONF, METHODS, batch, build, composed
-from torch.utils.data import DataLoader
 
 from clipfix.methods.base import Method
 from clipfix.training.phases import Training, parameter_groups
@@ -67,22 +66,6 @@ def test_loss_repeats_for_the_same_draws(method):
         method.seed_draws(step)
         values.append(torch.stack(list(method.loss(batch(4)).values())).sum().item())
     assert values[0] == values[1]
-
-
-def fit(method: Method, folder, steps: int, resume=None) -> L.Trainer:
-    """A real Trainer over a stream that yields batch n at step n, also after resuming."""
-
-    class Stream(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            return (batch(4, seed) for seed in range(method.batches_seen, 100))
-
-    checkpoint = L.pytorch.callbacks.ModelCheckpoint(folder, filename="last", enable_version_counter=False)
-    trainer = L.Trainer(
-        max_steps=steps, max_epochs=-1, accelerator="cpu", logger=False, callbacks=[checkpoint],
-        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-    )  # fmt: skip
-    trainer.fit(method, DataLoader(Stream(), batch_size=None), ckpt_path=resume, weights_only=True)
-    return trainer
 
 
 def test_frozen_is_bit_identical_and_trained_moves(method, tmp_path):

@@ -105,6 +105,7 @@ def test_run_fits_the_autoencoder_and_leaves_a_folder_that_loads(clip_folder, ge
     torch.testing.assert_close(shipped.predict(*inputs), method.diffusion.predict(*inputs), atol=0.05, rtol=0.05)
 
 
+@pytest.mark.slow
 def test_compiled_unet_gives_the_plain_loss(clip_folder, generator_folder, monkeypatch):
     """Traced as in training but run by torch's own kernels: the C++ compiler takes minutes."""
     compile = torch.nn.Module.compile

@@ -12,13 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from fits import fit
 from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from scipy.stats import norm
 from small import CONF, batch, build
-from test_contract import fit
 
 import clipfix.__main__  # noqa: F401  the resolvers that the configs use
 from clipfix.functional.anchors import feature_drift, similarity_drift
