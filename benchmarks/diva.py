@@ -22,15 +22,14 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from hydra.utils import instantiate
-from measure import GB, Results, alone, in_turn, matrix_ceiling, name_of, profile
-from omegaconf import OmegaConf
+from measure import GB, Results, alone, in_turn, matrix_ceiling, method_config, name_of, profile
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from clipfix import CONF, PACKAGE
+from clipfix import PACKAGE
 from clipfix.functional.denoising import denoising_loss
 from clipfix.functional.patches import condition_from_tokens
 from clipfix.methods.diva import DIVA
@@ -46,18 +45,21 @@ class PlainDIVA(DIVA):
 
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         images, diffusion, losses = batch["image"], self.diffusion, []
-        rows = len(images)
+        rows, draws = len(images), self.timesteps.draws
         with torch.autocast(images.device.type, enabled=False):
             latents = diffusion.encode(images)
         null = diffusion.condition([""] * rows)
-        for draw in range(self.draws):
+        for draw in range(draws):
             self.seed_draws(0)  # the patches, noise and timesteps that DIVA draws
             pooled, patches = self.backbone.visual_tokens(images)
-            tokens = self.visual_proj(torch.cat([pooled[:, None], self.pick_patches(patches)], dim=1))
-            noise = self.draw(torch.randn, rows=rows, shape=(self.draws, *latents.shape[1:]))[:, draw]
-            timesteps = self.draw_timesteps(rows)[:, draw]
+            picked = self.condition.patches(patches, self.ranks.sample)
+            tokens = self.condition.projection(torch.cat([pooled[:, None], picked], dim=1))
+            noise = self.ranks.sample(torch.randn, rows=rows, shape=(draws, *latents.shape[1:]))[:, draw]
+            timesteps = self.timesteps.sample(rows, diffusion.num_timesteps, self.ranks)[:, draw]
             noisy = diffusion.add_noise(latents, noise, timesteps)
-            predicted = diffusion.predict(noisy, timesteps, condition_from_tokens(tokens, null[0], self.null_text))
+            predicted = diffusion.predict(
+                noisy, timesteps, condition_from_tokens(tokens, null[0], self.condition.null_text)
+            )
             losses.append(denoising_loss(predicted, diffusion.target(latents, noise, timesteps)))
         return {"denoising": torch.stack(losses).mean()}
 
@@ -107,13 +109,15 @@ def build(kind: type[DIVA], model: str, diffusion: Diffusion, device: str, check
     torch.manual_seed(0)
     with torch.device(device):
         backbone = Backbone(
-            str(PACKAGE / "tiny" / "clip") if model == "tiny" else model, None if model == "tiny" else "random"
+            str(PACKAGE / "tiny" / "clip") if model == "tiny" else model,
+            None if model == "tiny" else "random",
+            checkpointing=checkpointing,
         )
-    config = OmegaConf.load(CONF / "method" / "diva.yaml")
-    settings: dict[str, Any] = {"optimizer": {"lr": 0.0}, "checkpointing": checkpointing, "diffusion": None}
-    if model == "tiny":  # as in conf/recipe/diva-tiny-scenes.yaml
-        settings |= {"patches": "none", "patch_amount": None, "null_text": "mean"}
-    config = OmegaConf.merge(config, {"_target_": f"{kind.__module__}.{kind.__qualname__}", **settings})
+    words = ["method.optimizer.lr=0"]
+    if model == "tiny":  # which has fewer patches
+        words += ["patches@method.condition.patches=none", "method.condition.null_text=mean"]
+    config = method_config("diva", *words)
+    config |= {"_target_": f"{kind.__module__}.{kind.__qualname__}", "diffusion": None}
     if checkpointing:
         diffusion.unet.enable_gradient_checkpointing()
     method: DIVA = instantiate(config, backbone=backbone, diffusion=diffusion)
@@ -259,13 +263,13 @@ def split(asked: argparse.Namespace) -> None:
     method = build(DIVA, asked.model, diffusion, device)
     diffusion, side = method.diffusion, method.needs.image_size
     images = torch.rand(rows, 3, side, side, device=device)
-    count = rows * method.draws
+    count = rows * method.timesteps.draws
     latents = torch.randn(count, *diffusion.encode(images[:1]).shape[1:], device=device)
     timesteps = torch.randint(0, 1000, (count,), device=device)
     method.seed_draws(0)
     with torch.no_grad():
         condition = method.condition(*method.backbone.visual_tokens(images))
-    condition = condition.repeat_interleave(method.draws, dim=0)
+    condition = condition.repeat_interleave(method.timesteps.draws, dim=0)
 
     def unet(backward: bool, weights: bool = False) -> None:
         diffusion.unet.requires_grad_(weights)

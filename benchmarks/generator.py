@@ -19,7 +19,7 @@ import torch
 from measure import Results, name_of
 
 SMALL = [
-    "method.steps=2", "method.warmup_steps=1", "trainer.val_check_interval=1",
+    "method.steps=2", "method.schedule.warmup_steps=1", "trainer.val_check_interval=1",
     "trainer.log_every_n_steps=1", "data.workers=0", "trainer.precision=32-true",
     "data.prepare.train=64", "data.prepare.selection=8", "data.prepare.test=16", "data.prepare.pairs_train=1",
     "data.prepare.pairs_selection=1", "data.prepare.pairs_test=1", "data.prepare.summaries_test=1",

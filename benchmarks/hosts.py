@@ -25,8 +25,8 @@ STEPS = 12
 WORLD = {"train": 128, "selection": 32, "test": 16, "pairs_train": 1, "pairs_selection": 1, "pairs_test": 1}
 RUN = [
     "method=finetune", "trainer=ddp", "trainer.accelerator=cpu", "trainer.precision=32-true", "logger=csv", "eval=none",
-    "trainer.log_every_n_steps=1", "trainer.val_check_interval=4", f"method.steps={STEPS}", "method.warmup_steps=2",
-    "data.batch_size=4", "data.workers=1", "data.shuffle=32", "resume=auto",
+    "trainer.log_every_n_steps=1", "trainer.val_check_interval=4", f"method.steps={STEPS}",
+    "method.schedule.warmup_steps=2", "data.batch_size=4", "data.workers=1", "data.shuffle=32", "resume=auto",
     *(f"data.prepare.{name}={size}" for name, size in WORLD.items()),
 ]  # fmt: skip
 HOSTS = {"clipfix-a": "10.77.0.1", "clipfix-b": "10.77.0.2"}

@@ -24,10 +24,10 @@ STEPS = 60
 WORLD = {"train": 128, "selection": 32, "test": 16, "pairs_train": 1, "pairs_selection": 1, "pairs_test": 1}
 RUN = [
     "logger=csv", "trainer=cpu", "eval=none", "trainer.val_check_interval=5", "data.batch_size=8", "data.workers=1",
-    "data.shuffle=32", f"method.steps={STEPS}", "method.warmup_steps=2",
+    "data.shuffle=32", f"method.steps={STEPS}", "method.schedule.warmup_steps=2",
     *(f"data.prepare.{name}={size}" for name, size in WORLD.items()),
 ]  # fmt: skip
-MORE = {"diva": ["method.projection_steps=30", "callbacks.reconstructions=null"]}
+MORE = {"diva": ["method.condition.steps=30", "callbacks.reconstructions=null"]}
 
 
 def start(method: str, folder: Path, *words: str) -> subprocess.Popen[bytes]:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from hydra.utils import instantiate
-from measure import GB, Results, alone, in_turn, matrix_ceiling, name_of, profile
+from measure import GB, Results, alone, in_turn, matrix_ceiling, method_config, name_of, profile
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import clipfix.models.packed_text as packing
-from clipfix import CONF, PACKAGE
+from clipfix import PACKAGE
 from clipfix.methods.longclip import LongCLIP
 from clipfix.models.attention import SelfAttention
 from clipfix.models.clip import Backbone
@@ -58,8 +58,9 @@ def build(kind: type[LongCLIP], model: str, device: str, compiled: bool = False,
     with torch.device(device):
         backbone = Backbone(name, None if model == "tiny" else "random", compiled=compiled)
     torch.nn.init.normal_(backbone.text.get_parameter("token_embedding.weight"), std=0.02)  # words differ
-    config = OmegaConf.load(CONF / "method" / "longclip.yaml")
-    config = OmegaConf.merge(config, {"_target_": f"{kind.__module__}.{kind.__qualname__}", **settings})
+    config = OmegaConf.merge(
+        method_config("longclip"), {"_target_": f"{kind.__module__}.{kind.__qualname__}", **settings}
+    )
     method: LongCLIP = instantiate(config, backbone=backbone)
     if kind is PlainLongCLIP:
         for module in method.modules():

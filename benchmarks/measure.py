@@ -9,8 +9,13 @@ from statistics import median
 from typing import Any
 
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
+
+import clipfix.__main__  # noqa: F401  the resolvers that the configs use
+from clipfix import CONF
 
 GB = 2**30
 COLUMNS = {  # of a row, and how it is shown
@@ -21,6 +26,13 @@ COLUMNS = {  # of a row, and how it is shown
     "peak_gb": ("peak GB", "{:.2f}"),
     "note": ("", "{}"),
 }
+
+
+def method_config(name: str, *words: str) -> DictConfig:
+    """Return the config of a method, as a run with a pretrained backbone composes it."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        node = compose("config", [f"method={name}", "backbone=vit-b32", "data.train=none", *words]).method
+    return OmegaConf.create(OmegaConf.to_container(node, resolve=False))
 
 
 class Results:

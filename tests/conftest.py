@@ -10,10 +10,23 @@ from jaxtyping import install_import_hook
 
 os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 CHECKED = (
-    "functional", "methods", "evals", "models.packed_text", "data.decoding", "data.module", "data.sets", "data.shards",
-    "data.stored", "data.stream", "data.texts",
+    "functional", "methods", "parts", "evals", "models.packed_text", "data.decoding", "data.module", "data.sets",
+    "data.shards", "data.stored", "data.stream", "data.texts",
 )  # fmt: skip
 install_import_hook([f"clipfix.{name}" for name in CHECKED], "beartype.beartype")
+
+
+# `make test` deals whole files out to the workers in this order, the longest first, so that none is left for the end.
+LONGEST = (
+    "test_fits.py", "test_fsdp.py", "test_scores.py", "test_ranks.py", "test_launch.py", "test_data.py",
+    "test_resume.py", "test_export.py", "test_composition.py", "test_diffusion.py", "test_mistakes.py",
+    "test_consumers.py", "test_command.py", "test_mutations.py", "test_samples.py", "test_notebooks.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @pytest.fixture(scope="session")
@@ -65,6 +78,34 @@ def generator_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
         },
     )
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def vocabulary() -> dict[str, int]:
+    """CLIP's, with the ends of a text named as in transformers."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    words = SimpleTokenizer().encoder
+    return {word.replace("_of_", "of").replace("<start", "<|start").replace("<end", "<|end").replace("text>", "text|>")
+            if word in ("<start_of_text>", "<end_of_text>") else word: n for word, n in words.items()}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The word for a drawn world with every split, for the words of `front_door`."""
+    from front_door import WORLD
+    from worlds import drawn
+
+    return drawn(tmp_path_factory, "scenes", *WORLD)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The word for a drawn world that is hardly scored, for the words of `small_runs`."""
+    from small_runs import RUN
+    from worlds import drawn
+
+    return drawn(tmp_path_factory, "world", *RUN)
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Configs as people get them wrong: keys of the real tree with another type, range or name, or none at all.
 
-`python tests/mutations.py 500` tries so many and prints what became of them; test_mutations.py tries a few dozen.
+`python tests/mutations.py 500` tries so many and prints what became of them; test_mutations.py tries a dozen.
 """
 
 import io

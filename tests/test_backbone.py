@@ -1,12 +1,11 @@
 """The real loaders on real file formats: every artefact is written to disk first, then loaded by name."""
 
-import json
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
-import yaml
+from architectures import CLIP, PUBLISHED, TEXT, VARIANTS, architecture, same, untrained
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -18,58 +17,15 @@ from transformers import PreTrainedTokenizerFast
 from clipfix.models.clip import Backbone
 from clipfix.models.pretrained import WEIGHT_FILES
 
-CONF = sorted((Path(__file__).parents[1] / "conf" / "backbone").glob("*.yaml"))
-PUBLISHED = {path.stem: yaml.safe_load(path.read_text()) for path in CONF if path.stem not in ("tiny", "folder")}
-TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
-CLIP = {
-    "embed_dim": 24,
-    "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 64, "head_width": 32, "layers": 2},
-    "text_cfg": TEXT,
-}
-VIT_SIGLIP = {"image_size": 224, "timm_model_name": "vit_tiny_patch16_224", "timm_pool": "map", "timm_proj": "none"}
-SIGLIP = {"embed_dim": 192, "init_logit_bias": -10, "custom_text": True, "vision_cfg": VIT_SIGLIP, "text_cfg": TEXT}
-VARIANTS = {
-    "clip": CLIP,
-    "norm after pooling": CLIP | {"vision_cfg": CLIP["vision_cfg"] | {"final_ln_after_pool": True, "pool_type": "avg"}},
-    "average pooling": CLIP | {"vision_cfg": CLIP["vision_cfg"] | {"pool_type": "avg"}},
-    "siglip": SIGLIP,
-    "timm with a linear head": SIGLIP
-    | {"embed_dim": 24, "vision_cfg": VIT_SIGLIP | {"timm_pool": "", "timm_proj": "linear"}},
-}
-
-
-def architecture(folder: Path, config: dict, **preprocess: object) -> Path:
-    """An open_clip folder without weights."""
-    folder.mkdir(exist_ok=True)
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
-    return folder
-
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return architecture(tmp_path / "clip", CLIP, mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7])
 
 
-def untrained(folder: Path) -> nn.Module:
-    """open_clip's own model of a folder: the independent side of each comparison."""
-    torch.manual_seed(1)
-    return open_clip.create_model(f"local-dir:{folder}", load_weights=False).eval()
-
-
 @pytest.fixture
 def plain(folder: Path) -> nn.Module:
     return untrained(folder)
-
-
-def same(backbone: Backbone, plain: nn.Module) -> bool:
-    images, texts = torch.rand(2, 3, 32, 32), ["a red circle", "two dogs"]
-    pixels = (images - backbone.mean) / backbone.std
-    backbone.eval()
-    return torch.allclose(backbone.encode_image(images), plain.encode_image(pixels), atol=1e-6) and torch.allclose(
-        backbone.encode_text(backbone.tokenize(texts)),
-        plain.encode_text(open_clip.tokenize(texts, context_length=16)),
-        atol=1e-6,
-    )
 
 
 def test_open_clip_folder_loads_as_open_clip_loads_it(folder: Path, plain: nn.Module) -> None:

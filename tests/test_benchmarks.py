@@ -60,6 +60,7 @@ def test_the_limits_of_all_parts_are_about_eight_minutes():
     assert sum(part.seconds for part in gpu.PARTS.values()) < 10 * 60  # the usual sum is 7.5: RESULTS.md
 
 
+@pytest.mark.slow
 def test_parts_that_need_little_run_small(tmp_path):
     found = run(tmp_path, "--parts", "fff", "contrastive")
     assert {name: part["ended"] for name, part in found["parts"].items()} == {"fff": "done", "contrastive": "done"}

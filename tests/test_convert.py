@@ -7,14 +7,13 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from open_clip.tokenizer import SimpleTokenizer
+from architectures import CLIP, architecture, same, transformers_clip, untrained
 from open_clip.transformer import TextTransformer
 from safetensors.torch import save_file
-from test_backbone import CLIP, architecture, same, untrained
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn.functional import normalize
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, SiglipConfig, SiglipModel
+from transformers import CLIPImageProcessor, SiglipConfig, SiglipModel
 
 from clipfix.models import convert
 from clipfix.models.clip import Backbone
@@ -70,29 +69,6 @@ def test_long_clip(folder, tmp_path):
     other = architecture(tmp_path / "other", CLIP)
     with pytest.raises(ValueError, match=r"trained with QuickGELU: use backbone\.name="):
         Backbone(str(other), pretrained=str(tmp_path / "l"))
-
-
-@pytest.fixture(scope="module")
-def vocabulary() -> dict[str, int]:
-    """CLIP's, with the ends of a text named as in transformers."""
-    words = SimpleTokenizer().encoder
-    return {word.replace("_of_", "of").replace("<start", "<|start").replace("<end", "<|end").replace("text>", "text|>")
-            if word in ("<start_of_text>", "<end_of_text>") else word: n for word, n in words.items()}  # fmt: skip
-
-
-def transformers_clip(folder: Path, vocabulary: dict[str, int], length: int = 16, act: str = "gelu") -> CLIPModel:
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_act": act}
-    text = {"hidden_size": 32, "intermediate_size": 128, "max_position_embeddings": length, "eos_token_id": 2}
-    vision = {"hidden_size": 64, "intermediate_size": 240, "image_size": 32, "patch_size": 8}
-    torch.manual_seed(2)
-    model = CLIPModel(CLIPConfig(text_config=text | sizes, vision_config=vision | sizes, projection_dim=24)).eval()
-    for name, weight in model.named_parameters():
-        if name.endswith("bias") or "norm" in name:  # zeros and ones would hide one taken for another
-            nn.init.normal_(weight, mean=0.5)
-    model.save_pretrained(folder)
-    CLIPImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.6, 0.7]).save_pretrained(folder)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    return model
 
 
 @pytest.mark.parametrize(("length", "act"), [(16, "gelu"), (248, "quick_gelu")])

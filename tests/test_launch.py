@@ -14,8 +14,8 @@ import pytest
 import torch
 import yaml
 from omegaconf import OmegaConf
-from ports import free_port
-from test_resume import RUN, STEPS, Signal, weights
+from small_runs import RUN, STEPS, Signal, weights
+from two_ranks import on_two_ranks, started
 from wandb_runs import stored
 
 from clipfix.__main__ import main
@@ -24,7 +24,6 @@ from clipfix.system import ranks
 
 SWEEPS = Path(__file__).parents[1] / "sweeps"
 DDP = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.precision=32-true"]
-WORLD = [f"data.prepare.{key}=2" for key in ("pairs_selection", "pairs_test")]
 PAIRS = """
 benchmarks:
   pairs: {_target_: clipfix.evals.pairs.Pairs, shards: "${data.prepare.root}/pairs-test-*.tar", prefix: "a photo of "}
@@ -32,37 +31,6 @@ selection:
   pairs: {_target_: clipfix.evals.pairs.Pairs, shards: "${data.prepare.root}/pairs-selection-*.tar", prefix: a}
 selection_metric: pairs/mean
 """
-SLURM = {"SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_JOB_NAME": "clipfix"}
-
-
-def started(kind: str, rank: int, port: int, ranks: int = 2) -> dict[str, str]:
-    """What a rank finds in its environment; srun's own MASTER_PORT follows from the job's number."""
-    if kind == "srun":
-        mine = {"SLURM_NTASKS": str(ranks), "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
-        return SLURM | mine | {"SLURM_JOB_ID": str(port), "MASTER_PORT": str(port), "SLURM_NODELIST": "127.0.0.1"}
-    world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank % 2)}
-    return world | {"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-
-
-def as_rank(environment: dict[str, str], function, told, *arguments) -> None:
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    result = function(*arguments)
-    if told is not None:
-        told.put((ranks.environment().global_rank(), result))
-
-
-def on_two_ranks(kind: str, function, *arguments, told=None) -> list[int]:
-    """The exit codes of two processes that begin where this one stands; what they return goes into a queue."""
-    context, port = multiprocessing.get_context("fork"), free_port()
-    processes = [
-        context.Process(target=as_rank, args=(started(kind, rank, port), function, told, *arguments)) for rank in (0, 1)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    return [process.exitcode for process in processes]
 
 
 def says() -> tuple[str, int, int | str]:
@@ -94,11 +62,6 @@ class SignalOne(Signal):
             super().strike()
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> str:
-    return f"data.prepare.root={tmp_path_factory.mktemp('world') / 'scenes'}"
-
-
 @pytest.fixture
 def pairs(tmp_path) -> list[str]:
     """Words by which pairs alone are scored, on either split."""
@@ -109,7 +72,7 @@ def pairs(tmp_path) -> list[str]:
 
 def command(*words: str) -> None:
     options = [word for word in words if word.startswith("-")]  # argparse wants these first
-    sys.argv = ["clipfix", *options, *RUN, *WORLD, *(word for word in words if word not in options)]
+    sys.argv = ["clipfix", *options, *RUN, *(word for word in words if word not in options)]
     os.environ.pop("HYDRA_FULL_ERROR", None)
     main()
 
@@ -129,13 +92,14 @@ def test_a_signal_to_one_rank_stops_all_and_they_go_on_to_the_same_weights(world
     assert all(torch.equal(value, expected[key]) for key, value in weights(run).items())
 
 
+@pytest.mark.slow
 def test_parallel_jobs_leave_a_folder_each_and_one_table(world, pairs, tmp_path, monkeypatch, capfd):
     """One of three jobs fails: it is named, and what the others found is kept."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(Path(ranks.__file__).parents[1]))
     with pytest.raises(SystemExit) as exit_:
-        command(*pairs, world, "logger=wandb", "hydra/launcher=parallel", "method.warmup_steps=0,1,99")
-    assert "job 2 of the sweep: method.warmup_steps is 99" in str(exit_.value.code)
+        command(*pairs, world, "logger=wandb", "hydra/launcher=parallel", "method.schedule.warmup_steps=0,1,99")
+    assert "job 2 of the sweep: method.schedule.warmup_steps is 99" in str(exit_.value.code)
     assert "Traceback" not in str(exit_.value.code)
     (sweep,) = (tmp_path / "outputs" / "sweeps").iterdir()
     assert sorted(path.parent.name for path in sweep.glob("*/results.json")) == ["0", "1"]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_convert import transformers_clip, vocabulary  # noqa: F401
+from architectures import transformers_clip
 from torch import nn
 
 from clipfix.evals.probes import Probes
@@ -22,7 +22,7 @@ def write(path: Path, words: str = "a") -> str:
     return str(path)
 
 
-def test_the_same_weights_hash_alike_from_whatever_file(vocabulary, tmp_path):  # noqa: F811
+def test_the_same_weights_hash_alike_from_whatever_file(vocabulary, tmp_path):
     transformers_clip(tmp_path / "transformers", vocabulary)
     from_transformers = Backbone(str(tmp_path / "transformers"))
     folder = from_transformers.save(tmp_path / "open_clip", torch.float32)

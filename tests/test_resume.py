@@ -5,59 +5,14 @@ import os
 import resource
 import signal
 import sys
-from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
 import yaml
+from small_runs import STEPS, command, send, weights
 
-from clipfix.__main__ import main
 from clipfix.cli import resolvers
 from clipfix.training.checkpoints import WholeFiles, checkpoint_to_resume
-
-STEPS = 6
-WORLD = {"train": 64, "selection": 16, "test": 16, "pairs_train": 1, "pairs_selection": 1, "pairs_test": 1}
-RUN = [
-    "method=finetune", "logger=csv", "trainer=cpu", "eval=none", "trainer.val_check_interval=2",
-    f"method.steps={STEPS}", "method.warmup_steps=1",
-    "data.batch_size=8", "data.workers=0", "data.shuffle=16", "data.prepare.processes=1",
-    *(f"data.prepare.{name}={size}" for name, size in WORLD.items()),
-]  # fmt: skip
-
-
-class Signal(L.Callback):
-    """Sends its own process a signal at a moment: a hook, and the batch it belongs to."""
-
-    def __init__(self, number: int, hook: str, batch: int) -> None:
-        self.number, self.batch, self.batches = number, batch, 0
-        setattr(self, hook, self.strike)
-
-    def strike(self, *_: object) -> None:
-        self.batches += 1
-        if self.batches == self.batch:
-            os.kill(os.getpid(), self.number)
-
-
-def send(number: int, hook: str, batch: int) -> str:
-    return f"+callbacks.signal={{_target_: test_resume.Signal, number: {int(number)}, hook: {hook}, batch: {batch}}}"
-
-
-def command(*words: str) -> None:
-    sys.argv = ["clipfix", *RUN, *words]
-    os.environ.pop("HYDRA_FULL_ERROR", None)
-    main()
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
-    assert saved["global_step"] == STEPS
-    return saved["training"]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> str:
-    return f"data.prepare.root={tmp_path_factory.mktemp('world') / 'scenes'}"
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +40,7 @@ def cut_off_while_saving(checkpoint: object, file: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("hook", "batch"),
     [("on_train_batch_start", 4), ("on_before_optimizer_step", 5), ("on_validation_start", 2), ("on_fit_start", 1)],
@@ -148,12 +104,18 @@ def test_killed_while_it_saves(world, whole, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("number", "accumulate", "batch", "step"), [(signal.SIGTERM, 1, 3, 3), (signal.SIGUSR1, 2, 5, 3)]
 )
-def test_asked_to_end_it_saves_and_goes_on(number, accumulate, batch, step, world, tmp_path, monkeypatch, capsys):
+def test_asked_to_end_it_saves_and_goes_on(
+    number, accumulate, batch, step, world, whole, tmp_path, monkeypatch, capsys
+):
     """Between two steps; an accumulated one is done with first."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [])
     settings = [world, f"trainer.accumulate_grad_batches={accumulate}"]
-    command(*settings, "hydra.run.dir=whole")
+    if accumulate == 1:
+        expected = whole
+    else:
+        command(*settings, "hydra.run.dir=whole")
+        expected = weights(tmp_path / "whole")
     with pytest.raises(SystemExit) as stopped:
         command(*settings, send(number, "on_train_batch_start", batch))
     assert stopped.value.code == 128 + signal.SIGTERM
@@ -163,7 +125,6 @@ def test_asked_to_end_it_saves_and_goes_on(number, accumulate, batch, step, worl
     assert saved["global_step"] == step
     command(*settings, "resume=auto")
     assert f" {STEPS * accumulate}/{STEPS * accumulate} " in capsys.readouterr().out  # of the progress bar
-    expected = weights(tmp_path / "whole")
     assert all(torch.equal(value, expected[key]) for key, value in weights(run).items())
 
 

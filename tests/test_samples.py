@@ -22,7 +22,8 @@ from clipfix.results.pictures import diva as samples
 from clipfix.results.pictures.diva import Reconstructions
 
 PICTURES = 3
-FAST = {"optimizer": {"name": "SGD", "lr": 10.0}, "warmup_steps": 0}  # a few steps must change what is drawn
+# A few steps must change what is drawn.
+FAST = {"optimizer": {"name": "SGD", "lr": 10.0}, "schedule": {"warmup_steps": 0}}
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ def test_drawing_leaves_training_bit_identical(make, shard, drawn, tmp_path):
     start = dict(make().named_parameters())
     for (name, one), other in zip(watched.named_parameters(), alone.parameters(), strict=True):
         assert torch.equal(one, other), name
-    assert not torch.equal(watched.visual_proj.weight, start["visual_proj.weight"])
+    assert not torch.equal(watched.condition.projection.weight, start["condition.projection.weight"])
 
 
 def test_modes_and_random_states_come_back(make, shard, tmp_path):
@@ -132,9 +133,9 @@ def test_a_resumed_run_still_shows_what_came_before_training(make, shard, drawn,
     torch.testing.assert_close(images(drawn[-1], "before"), before, atol=1.1 / 255, rtol=0)
 
 
-@pytest.mark.parametrize("why", ["control", "shards", "rank"])
+@pytest.mark.parametrize("why", ["feedback", "shards", "rank"])
 def test_nothing_is_drawn_where_there_is_nothing_to_draw(why, make, shard, drawn, tmp_path):
-    method = make(control="off", caption_weight=1.0) if why == "control" else make()
+    method = make(feedback=None, caption_weight=1.0) if why == "feedback" else make()
     trainer = SimpleNamespace(global_step=0, is_global_zero=why != "rank", loggers=[])
     silent = callback(tmp_path, None if why == "shards" else shard)
     silent.on_train_start(trainer, method)
@@ -150,7 +151,7 @@ def test_diva_draws_them_and_other_methods_do_not(monkeypatch, capsys, tmp_path)
         monkeypatch.setattr(sys, "argv", ["clipfix", f"method={method}", "--cfg", "job"])
         main()
         found[method] = yaml.safe_load(capsys.readouterr().out)["callbacks"]
-    assert found["diva"].keys() - found["finetune"].keys() == {"reconstructions"}
+    assert found["diva"].keys() - found["finetune"].keys() == {"reconstructions", "watch"}
     written = yaml.safe_load((CONF / "callbacks" / "diva.yaml").read_text())["reconstructions"]
     assert found["diva"]["reconstructions"] == written
     made = instantiate(written | {"folder": str(tmp_path), "shards": "x", "allow_pipe": False})

@@ -14,7 +14,7 @@ from shards import numbered
 from clipfix.system import secrets
 
 USER, PASSWORD, SIGNATURE, TOKEN = "reader", "hunter2hunter2", "c2lnbmVkLWJ5LW1l", "tkn-0123456789"
-RUN = ["method=finetune", "data=shards", "eval=none", "trainer=cpu", "method.steps=2", "method.warmup_steps=0",
+RUN = ["method=finetune", "data=shards", "eval=none", "trainer=cpu", "method.steps=2", "method.schedule.warmup_steps=0",
        "data.batch_size=4", "data.workers=0", "data.shuffle=0"]  # fmt: skip
 
 

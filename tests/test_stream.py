@@ -2,16 +2,20 @@
 
 import itertools
 import pickle
+import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from shards import encoded, numbered, pack, picture
 from streams import BROKEN, passes, shard_data, stream
+
+from clipfix.data.needs import Needs
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -214,3 +218,29 @@ def test_selection_is_one_pass_in_stored_order_with_its_last_partial_batch(tmp_p
 def test_prepare_makes_the_shards(tmp_path: Path) -> None:
     data = shard_data(str(tmp_path / "new"), prepare=lambda: numbered(tmp_path / "new", [3]))
     assert len(next(iter(data.train_dataloader()))["key"]) == 3
+
+
+class Marked:
+    """A transform that writes three draws, one of each global generator, into a picture of one colour."""
+
+    def __call__(self, picture: Image.Image) -> Image.Image:
+        draws = torch.randint(256, ()).item(), np.random.randint(256), random.randrange(256)
+        return Image.new("RGB", picture.size, draws)
+
+
+def test_augmentation_is_drawn_anew_in_each_pass_the_same_in_each_run_and_never_in_selection(tmp_path):
+    numbered(tmp_path, [4])
+    colours = []
+    for seed in (0, 0, 1):
+        state = torch.get_rng_state()
+        data = shard_data(str(tmp_path), selection=str(tmp_path), augment=Marked(), batch_size=4, seed=seed)
+        first, second = itertools.islice(data.train_dataloader(), 2)
+        colours.append([dict(zip(b["key"], b["image"][:, :, 0, 0].tolist(), strict=True)) for b in (first, second)])
+        (plain,) = data.val_dataloader()
+        assert all(colour not in colours[-1][0].values() for colour in plain["image"][:, :, 0, 0].tolist())
+        assert torch.equal(torch.get_rng_state(), state)
+    assert colours[0] == colours[1]
+    assert colours[0] != colours[2]
+    assert all(colours[0][0][key] != colours[0][1][key] for key in colours[0][0])
+    with pytest.raises(ValueError, match=r"data\.augment .* latent\.npz"):
+        shard_data(str(tmp_path), augment=Marked(), latents="latent.npz", needs=Needs(16, latents=lambda: "x"))

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
+from architectures import VARIANTS, architecture
+from fits import fit
 from small import batch, build
-from test_backbone import VARIANTS, architecture
-from test_contract import fit
 from torch import nn
 
-from clipfix.models.adapters import add_lora, merged, trained_parts
+from clipfix.models.adapters import add_lora, merged
 from clipfix.models.clip import Backbone
 from clipfix.training.checkpoints import load_repair
 
@@ -19,8 +19,13 @@ SGD = {"name": "SGD", "lr": 1.0, "momentum": 0.9}
 
 @pytest.fixture
 def make(clip_folder, generator_folder):
-    settings = {"train": "lora", "lora": LORA, "optimizer": SGD, "caption_weight": 1.0}
-    return lambda **overrides: build("diva", clip_folder, generator_folder, **{**settings, **overrides})
+    def made(*groups):
+        if "trainable=tower" in groups:
+            return build("diva", clip_folder, generator_folder, *groups, optimizer=SGD, caption_weight=1.0)
+        settings = {"trainable": LORA, "optimizer": SGD, "caption_weight": 1.0}
+        return build("diva", clip_folder, generator_folder, "trainable=lora", *groups, **settings)
+
+    return made
 
 
 def by_hand(plain: nn.Module, adapted: nn.Module) -> nn.Module:
@@ -39,7 +44,9 @@ def test_adapters_start_at_the_plain_tower_then_equal_weights_put_together_by_ha
     torch.manual_seed(0)
     plain = Backbone(str(architecture(tmp_path, VARIANTS[variant])), "random").requires_grad_(False)
     backbone = copy.deepcopy(plain)
-    parts = trained_parts(backbone.visual, "lora", None, LORA)
+    parts = add_lora(backbone.visual, **LORA)
+    for part in parts:
+        part.requires_grad_(True)
     images = torch.rand(2, 3, plain.image_size, plain.image_size)
     for mode in (True, False):
         for found, expected in zip(
@@ -67,8 +74,8 @@ def test_adapters_start_at_the_plain_tower_then_equal_weights_put_together_by_ha
 
 def test_gradients_of_adapters_are_those_of_the_weight_through_both_factors(make):
     """dL/dB = s dL/dW A^T and dL/dA = s B^T dL/dW, with dL/dW from a plain tower of the merged weights."""
-    method, inputs = make(anchor="features"), batch(3)
-    plain = copy.deepcopy(method.original)
+    method, inputs = make("anchor=features"), batch(3)
+    plain = copy.deepcopy(method.anchor.original)
     for name, p in method.backbone.named_parameters():
         if ".lora_B." in name:
             nn.init.normal_(p, std=0.1)
@@ -86,9 +93,9 @@ def test_gradients_of_adapters_are_those_of_the_weight_through_both_factors(make
 
 
 def test_base_stays_to_the_bit_and_the_checkpoint_is_a_plain_clip(make, clip_folder, tmp_path):
-    method, inputs = make(anchor="features"), batch(3)
+    method, inputs = make("anchor=features"), batch(3)
     start = {name: tensor.clone() for name, tensor in method.backbone.state_dict().items()}
-    plain = method.original  # taken before the adapters were put in
+    plain = method.anchor.original  # taken before the adapters were put in
     assert not [name for name, _ in plain.named_parameters() if "lora" in name]
     unchanged = copy.deepcopy(plain)
     fit(method, tmp_path, steps=3)
@@ -123,19 +130,4 @@ def test_resumed_lora_equals_uninterrupted(make, tmp_path):
 def test_lora_does_not_resume_as_something_else(make, tmp_path):
     fit(make(), tmp_path, steps=1)
     with pytest.raises(ValueError, match="trains other weights"):
-        fit(make(train="visual"), tmp_path, steps=2, resume=tmp_path / "last.ckpt")
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [{"rank": 4}, {"rank": 4, "alpha": 4, "dropout": 0.1}, {"rank": 4.0, "alpha": 4}, {"rank": 0, "alpha": 4}]
-    + [{"rank": 4, "alpha": alpha} for alpha in (0, -1, None, "rank")],
-)
-def test_wrong_numbers_are_refused(wrong):
-    with pytest.raises(ValueError, match="give rank, a whole number from 1, and alpha, above 0"):
-        add_lora(nn.Sequential(nn.Linear(2, 2)), wrong)
-
-
-def test_towers_without_open_clips_blocks_are_refused():
-    with pytest.raises(ValueError, match="not for Linear: choose"):
-        trained_parts(nn.Linear(2, 2), "blocks", 1, LORA)
+        fit(make("trainable=tower"), tmp_path, steps=2, resume=tmp_path / "last.ckpt")

@@ -1,6 +1,7 @@
 """WiSE against means by hand: what is scored, saved and resumed, for every method."""
 
 import copy
+from typing import Any
 
 import lightning as L
 import pytest
@@ -15,9 +16,8 @@ from clipfix.results.selection import Selection
 from clipfix.training.checkpoints import load_repair
 from clipfix.training.weight_averaging import WiSE
 
-LORA = {
-    "train": "lora",
-    "lora": {"rank": 4, "alpha": 4},
+LORA: dict[str, Any] = {
+    "trainable": {"rank": 4, "alpha": 4},
     "caption_weight": 1.0,
     "optimizer": {"name": "SGD", "lr": 5.0},
 }
@@ -103,12 +103,13 @@ def test_one_is_the_trained_model(clip_folder, generator_folder, tmp_path):
         assert torch.equal(saved["state_dict"][f"backbone.{name}"], p), name
 
 
-@pytest.mark.parametrize("name", ["longclip", "diva", "lora"])
+@pytest.mark.parametrize(
+    "name", ["longclip", pytest.param("diva", marks=pytest.mark.slow), pytest.param("lora", marks=pytest.mark.slow)]
+)
 def test_resumed_equals_uninterrupted(name, clip_folder, generator_folder, tmp_path):
-    overrides = LORA if name == "lora" else {}
-    whole, part, rest = (
-        build("diva" if name == "lora" else name, clip_folder, generator_folder, **overrides) for _ in range(3)
-    )
+    groups, overrides = (["trainable=lora"], LORA) if name == "lora" else ([], {})
+    kind = "diva" if name == "lora" else name
+    whole, part, rest = (build(kind, clip_folder, generator_folder, *groups, **overrides) for _ in range(3))
     seen = fit(whole, tmp_path / "whole", 4, alpha=0.3)
     fit(part, tmp_path / "parts", 2, alpha=0.3)
     again = fit(rest, tmp_path / "parts", 4, alpha=0.3, resume=tmp_path / "parts" / "last.ckpt")
@@ -131,8 +132,10 @@ def test_a_run_without_wise_resumes_from_the_trained_weights(clip_folder, genera
 
 def test_with_lora_the_change_is_scaled(clip_folder, generator_folder, tmp_path):
     """Merged weights lie between the original and those of a run without WiSE, and the scored model has them."""
-    method, alone = (build("diva", clip_folder, generator_folder, **LORA, anchor="features") for _ in range(2))
-    plain = copy.deepcopy(method.original)
+    method, alone = (
+        build("diva", clip_folder, generator_folder, "trainable=lora", "anchor=features", **LORA) for _ in range(2)
+    )
+    plain = copy.deepcopy(method.anchor.original)
     looks, full = fit(method, tmp_path / "wise", 2, alpha=0.25), fit(alone, tmp_path / "alone", 2, alpha=None)
     wise, trained = (torch.load(tmp_path / run / "last.ckpt", weights_only=True) for run in ("wise", "alone"))
     for name, p in plain.named_parameters():
@@ -145,7 +148,7 @@ def test_with_lora_the_change_is_scaled(clip_folder, generator_folder, tmp_path)
     load_repair(plain, str(tmp_path / "wise" / "last.ckpt"))
     method.backbone.load_state_dict(looks[-1], strict=False)
     image = batch(3)["image"]
-    assert not torch.allclose(plain.encode_image(image), method.original.encode_image(image), atol=1e-3)
+    assert not torch.allclose(plain.encode_image(image), method.anchor.original.encode_image(image), atol=1e-3)
     torch.testing.assert_close(plain.encode_image(image), method.backbone.encode_image(image))
 
 

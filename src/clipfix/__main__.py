@@ -81,8 +81,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def smaller(cfg: DictConfig, error: BaseException) -> str:
     """Which keys of this run take less memory, the surest first."""
-    lower = {"fit": ["data.batch_size", "method.chunk", "method.tile"], "annotate": ["annotator.batch_size"]}
-    turn_on = {"fit": ["method.checkpointing", *(["diffusion.checkpointing"] if "diffusion" in cfg.method else [])]}
+    lower = {"fit": ["data.batch_size", "method.chunk", "method.objective.tile"], "annotate": ["annotator.batch_size"]}
+    turn_on = {"fit": ["backbone.checkpointing", *(["diffusion.checkpointing"] if "diffusion" in cfg.method else [])]}
     hints = [f"lower {key} ({value})" for key in lower.get(cfg.run, []) if (value := OmegaConf.select(cfg, key))]
     hints += [f"set {key}=true" for key in turn_on.get(cfg.run, []) if OmegaConf.select(cfg, key) is False]
     if cfg.run == "fit":

@@ -1,16 +1,15 @@
 """Each consumer loads its folder by its own loader, from pictures and texts to features that equal ours."""
 
 import logging
-from pathlib import Path
 
 import open_clip
 import pytest
 import timm
 import torch
-from kinds import CLIP, QUICK, SIGLIP, TEXTS, build, content, equal, image_features, text_features
+from architectures import PUBLISHED
+from kinds import CLIP, QUICK, SIGLIP, TEXTS, build, content, equal, exported, image_features, loaded, text_features
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
-from test_backbone import PUBLISHED
 from transformers import (
     AutoImageProcessor,
     AutoModel,
@@ -26,22 +25,8 @@ from transformers import (
 )
 
 from clipfix.export import TARGETS, diffusers
-from clipfix.export.folder import write, write_weights
+from clipfix.export.folder import write_weights
 from clipfix.models.clip import Backbone
-
-
-def exported(backbone, target: str, folder: Path) -> Path:
-    write(TARGETS[target](backbone), folder / target, torch.float32)
-    return folder / target
-
-
-def loaded(model_class, folder: Path, subfolder: str = "", extra: tuple[str, ...] = ()):
-    """By transformers, which only warns of weights that it does not find."""
-    model, told = model_class.from_pretrained(folder, subfolder=subfolder, output_loading_info=True)
-    assert not told["missing_keys"]
-    assert not told["mismatched_keys"]
-    assert not [key for key in told["unexpected_keys"] if not key.startswith(extra)]
-    return model.eval()
 
 
 def pooled(output) -> torch.Tensor:

@@ -11,8 +11,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from kinds import TEXTS, equal, text_features
-from test_consumers import exported, loaded
+from kinds import TEXTS, equal, exported, loaded, text_features
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 PROMPT = "a red circle " * 66 + "and two dogs"  # 201 tokens and two marks

@@ -6,9 +6,9 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from front_door import DATA, RUN, WORLD, refusal
 from kinds import equal
 from safetensors.torch import load_file
-from test_main import DATA, RUN, WORLD, refusal, scenes  # noqa: F401
 from transformers import CLIPModel
 
 from clipfix.models.clip import Backbone, weights_hash
@@ -25,16 +25,17 @@ QUICK = [*RUN, *DATA, *WORLD, "method.steps=2", *(f"~eval.benchmarks.{name}" for
         ["method=longclip", "wise=0.5"],
         [
             "method=diva",
-            "method.train=lora",
-            "method.projection_from=images",
-            "method.projection_steps=0",
+            "trainable@method.trainable=lora",
+            "condition@method.condition=visual_tokens",
+            "patches@method.condition.patches=none",
+            "method.condition.null_text=mean",
             "wise=0.5",
             "callbacks.reconstructions=null",
         ],
     ],
     ids=["stretched", "lora"],
 )
-def test_what_was_scored_is_what_is_exported(settings, clipfix, scenes):  # noqa: F811
+def test_what_was_scored_is_what_is_exported(settings, clipfix, scenes):
     run, _ = clipfix(*settings, scenes, *QUICK, "method.optimizer.lr=0.1", "eval.selection=null")
     results = json.loads((run / "results.json").read_text())
     checkpoint = run / results["checkpoint"]

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from front_door import ROOT
 from kinds import equal
 from run import run
-from test_export import TINY
-from test_main import ROOT
 from torch.nn.functional import normalize
 
 from clipfix.__main__ import main
 from clipfix.models.clip import Backbone
 
+TINY = ROOT / "src" / "clipfix" / "tiny" / "clip"
 NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "examples").glob("*.ipynb"))}
 
 

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from kinds import TEXTS, text_features
+from kinds import TEXTS, exported, text_features
 from safetensors.torch import save_file
-from test_consumers import exported
 
 OLDER = ("transformers==4.57.6", "tokenizers==0.22.2", "huggingface_hub==0.36.2")
 SCRIPT = """

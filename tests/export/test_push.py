@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_main import refusal
+from front_door import refusal
 
 
 class Hub(BaseHTTPRequestHandler):

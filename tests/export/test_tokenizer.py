@@ -7,8 +7,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from kinds import SIGLIP, TEXTS, build
-from test_consumers import exported
+from kinds import SIGLIP, TEXTS, build, exported
 from transformers import AutoTokenizer, CLIPTokenizer
 
 CORPUS = """\

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.loss import SigLipLoss
 
-from clipfix.functional.positives import Frozen, Thresholds, mine, thresholds_for
+from clipfix.functional.positives import ReferenceFeatures, Thresholds, mine, thresholds_for
 from clipfix.functional.sigmoid import sigmoid_loss
 
 LOOSE = Thresholds(image_text=0.5, supported=0.1, image_image=0.4, text_text=0.3)
@@ -18,12 +18,12 @@ def unit(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.Te
     return F.normalize(torch.randn(*shape, 6, generator=torch.Generator().manual_seed(seed), dtype=dtype), dim=-1)
 
 
-def frozen(samples: int, captions: int, seed: int) -> Frozen:
+def frozen(samples: int, captions: int, seed: int) -> ReferenceFeatures:
     text = unit(samples, captions, seed=seed + 1)
-    return Frozen(unit(samples, seed=seed), text, text.mean(dim=1))
+    return ReferenceFeatures(unit(samples, seed=seed), text, text.mean(dim=1))
 
 
-def loop(reference: Frozen, thresholds: Thresholds) -> torch.Tensor:
+def loop(reference: ReferenceFeatures, thresholds: Thresholds) -> torch.Tensor:
     """The rule of the paper, a pair at a time."""
     n, k = reference.text.shape[:2]
     found = torch.zeros(n, n, k, dtype=torch.bool)
@@ -54,11 +54,18 @@ def test_each_condition_promotes_what_it_names():
     image = torch.eye(3)[[0, 0, 1]]  # the first two images are the same
     towards = lambda cosine: torch.tensor([cosine, 0.0, math.sqrt(1 - cosine**2)])  # noqa: E731
     text = torch.stack([towards(0.9), towards(0.3), torch.eye(3)[1]])[:, None]
-    found = mine(Frozen(image, text, text[:, 0]), Frozen(image, text, text[:, 0]), Thresholds(0.5, 0.2, 0.9, 0.9), 0)
+    found = mine(
+        ReferenceFeatures(image, text, text[:, 0]),
+        ReferenceFeatures(image, text, text[:, 0]),
+        Thresholds(0.5, 0.2, 0.9, 0.9),
+        0,
+    )
     assert found.image_text[..., 0].nonzero().tolist() == [[1, 0]]
     assert found.image_image[..., 0].nonzero().tolist() == [[0, 1], [1, 0]]
     assert not found.text_text.any()
-    alike = Frozen(image, text, torch.eye(3)[[0, 0, 0]])  # all captions say the same; 0.3 of the image is enough then
+    alike = ReferenceFeatures(
+        image, text, torch.eye(3)[[0, 0, 0]]
+    )  # all captions say the same; 0.3 of the image is enough then
     assert mine(alike, alike, Thresholds(0.95, 0.2, 1.1, 0.9), 0).text_text[..., 0].nonzero().tolist() == [
         [0, 1],
         [1, 0],
@@ -72,7 +79,7 @@ def test_counts_become_cosines_that_promote_as_many(seen):
     counts = Thresholds(image_text=4.0, supported=50.0, image_image=8.0, text_text=2.0)
     bars = thresholds_for(reference.rows(slice(seen)), counts, among=600)
     pairs = torch.einsum("id,jkd->ijk", reference.image, reference.text)
-    images, texts = (side @ side.T for side in (reference.image, reference.gist))
+    images, texts = (side @ side.T for side in (reference.image, reference.mean_text))
     others = ~torch.eye(600, dtype=torch.bool)
     for cosines, bar, asked in (
         (pairs, bars.image_text, 4.0 * 2),

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import OmegaConf
+from packed import LENGTHS, gradients, texts
+from packed import build as build_text
 from ports import free_port
 from shards import numbered
 from small import METHODS, batch, build
-from test_packed import LENGTHS, gradients, texts
-from test_packed import build as build_text
 from torch.utils.data import DataLoader, IterableDataset
 
 import clipfix.models.packed_text as packing

@@ -3,15 +3,16 @@
 import inspect
 import math
 
-import lightning as L
 import pytest
 import torch
+from fits import fit
 from hydra.utils import get_class
 from omegaconf import OmegaConf
-from small import CONF, METHODS, batch, build
-from torch.utils.data import DataLoader
+from small import CONF, METHODS, batch, build, composed
 
-from clipfix.methods.base import Method, parameter_groups, warmup_cosine
+from clipfix.methods.base import Method
+from clipfix.training.phases import Training, parameter_groups
+from clipfix.training.schedules import Cosine, Steps
 
 
 @pytest.fixture(params=METHODS)
@@ -22,12 +23,29 @@ def method(request, clip_folder, generator_folder) -> Method:
 @pytest.mark.parametrize("name", METHODS)
 def test_yaml_binds_to_the_constructor(name):
     """Config keys are the constructor's arguments, all of them, and no scientific value hides in a default."""
-    config = OmegaConf.to_container(OmegaConf.load(CONF / "method" / f"{name}.yaml"))
+    config = OmegaConf.to_container(composed(name, ()).method)
     signature = inspect.signature(get_class(config.pop("_target_")).__init__)
     config.pop("_convert_")
-    arguments = {k: p for k, p in signature.parameters.items() if k not in ("self", "backbone")}
-    assert config.keys() == arguments.keys()
+    arguments = {k: p for k, p in signature.parameters.items() if k not in ("self", "backbone", "training")}
+    assert config.keys() == arguments.keys() | Training.__annotations__.keys()
     assert all(p.default is inspect.Parameter.empty for p in arguments.values())
+    assert len(arguments) <= 10
+
+
+def test_options_of_parts_bind_to_their_constructors():
+    """Each file of a group of parts gives all arguments of the class that it chooses, and nothing else."""
+    found = 0
+    for group in ("condition", "patches", "timesteps", "feedback", "anchor", "trainable", "schedule", "objective"):
+        for path in (CONF / group).glob("*.yaml"):
+            node = OmegaConf.load(path)
+            if "_target_" not in node:  # an option that builds on another
+                continue
+            arguments = set(inspect.signature(get_class(node["_target_"])).parameters) - {"args", "kwargs"}
+            given = {str(key) for key in node} - {"_target_", "defaults"}
+            given |= {entry.partition("@")[2] for default in node.get("defaults", ()) for entry in default}
+            assert given == arguments, path
+            found += 1
+    assert found > 15
 
 
 def test_loss_is_named_finite_terms_and_reaches_every_trained_weight(method):
@@ -48,22 +66,6 @@ def test_loss_repeats_for_the_same_draws(method):
         method.seed_draws(step)
         values.append(torch.stack(list(method.loss(batch(4)).values())).sum().item())
     assert values[0] == values[1]
-
-
-def fit(method: Method, folder, steps: int, resume=None) -> L.Trainer:
-    """A real Trainer over a stream that yields batch n at step n, also after resuming."""
-
-    class Stream(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            return (batch(4, seed) for seed in range(method.batches_seen, 100))
-
-    checkpoint = L.pytorch.callbacks.ModelCheckpoint(folder, filename="last", enable_version_counter=False)
-    trainer = L.Trainer(
-        max_steps=steps, max_epochs=-1, accelerator="cpu", logger=False, callbacks=[checkpoint],
-        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-    )  # fmt: skip
-    trainer.fit(method, DataLoader(Stream(), batch_size=None), ckpt_path=resume, weights_only=True)
-    return trainer
 
 
 def test_frozen_is_bit_identical_and_trained_moves(method, tmp_path):
@@ -125,5 +127,32 @@ def test_norms_biases_scalars_and_tables_do_not_decay(method):
 
 def test_schedule_warms_up_then_falls_along_a_cosine():
     """4 warm-up steps of 12: quarters, then cos from 1 through 1/2 in the middle of the other 8 to 0."""
-    factors = [warmup_cosine(step, warmup_steps=4, steps=12) for step in (0, 1, 3, 4, 8, 12, 20)]
+    factors = [Cosine(4, floor=0.0).factor(step, 12) for step in (0, 1, 3, 4, 8, 12, 20)]
     assert factors == pytest.approx([0.25, 0.5, 1.0, 1.0, 0.5, 0.0, 0.0])
+
+
+def test_schedules_end_where_they_say():
+    assert Cosine(0, floor=0.1).factor(12, 12) == pytest.approx(0.1)
+    drops = Steps(2, at=[0.5, 0.75], factor=0.1)
+    assert [drops.factor(step, 10) for step in (0, 1, 2, 5, 6, 7, 8, 9)] == pytest.approx(
+        [0.5, 1, 1, 1, 0.1, 0.1, 0.01, 0.01]
+    )
+
+
+def test_start_runs_once_before_the_first_step_on_batches_that_are_trained_on_later(
+    clip_folder, generator_folder, tmp_path
+):
+    started, trained = [], []
+
+    def made() -> Method:
+        method = build("finetune", clip_folder, generator_folder)
+        method.start = lambda batches: started.append((method.batches_seen, next(iter(batches))["image"].sum()))
+        loss = method.loss
+        method.loss = lambda batch: trained.append(batch["image"].sum()) or loss(batch)
+        return method
+
+    fit(made(), tmp_path, steps=2)
+    assert started == [(0, trained[0])]
+    fit(made(), tmp_path, steps=3, resume=tmp_path / "last.ckpt")
+    assert len(started) == 1
+    assert trained[2] == batch(4, 2)["image"].sum()

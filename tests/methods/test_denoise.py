@@ -33,10 +33,10 @@ def test_loss_is_the_mean_error_of_single_pictures(clip_folder, generator_folder
     loss = method.loss(inputs)["denoising"]
 
     method.seed_draws(0)
-    dropped = torch.rand(6, generator=method.generator) < text_dropout
+    dropped = torch.rand(6, generator=method.ranks.generator) < text_dropout
     assert 0 < dropped.sum() < 6 or text_dropout != 0.5
-    noise = torch.randn(6, 4, 8, 8, generator=method.generator)
-    timesteps = torch.randint(0, 1000, (6,), generator=method.generator)
+    noise = torch.randn(6, 4, 8, 8, generator=method.ranks.generator)
+    timesteps = torch.randint(0, 1000, (6,), generator=method.ranks.generator)
     errors = []
     for row in range(6):
         latent = diffusion.encode(inputs["image"][row : row + 1])
@@ -105,6 +105,7 @@ def test_run_fits_the_autoencoder_and_leaves_a_folder_that_loads(clip_folder, ge
     torch.testing.assert_close(shipped.predict(*inputs), method.diffusion.predict(*inputs), atol=0.05, rtol=0.05)
 
 
+@pytest.mark.slow
 def test_compiled_unet_gives_the_plain_loss(clip_folder, generator_folder, monkeypatch):
     """Traced as in training but run by torch's own kernels: the C++ compiler takes minutes."""
     compile = torch.nn.Module.compile

@@ -4,42 +4,46 @@ import inspect
 import json
 import math
 import shutil
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from fits import fit
 from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from scipy.stats import norm
 from small import CONF, batch, build
-from test_contract import fit
 
 import clipfix.__main__  # noqa: F401  the resolvers that the configs use
 from clipfix.functional.anchors import feature_drift, similarity_drift
 from clipfix.functional.denoising import contrastive_denoising_loss, logit_normal_timesteps
-from clipfix.functional.patches import (
-    PATCH_RULES,
-    average_patches,
-    condition_from_tokens,
-    random_patches,
-    share_of_patches,
-)
+from clipfix.functional.patches import AveragePatches, RandomPatches, ShareOfPatches, condition_from_tokens
 from clipfix.functional.views import random_crops
 from clipfix.methods.diva import DIVA
+from clipfix.parts.condition import CaptionSpace, VisualTokens
+from clipfix.parts.feedback import Contrastive, of_others
+from clipfix.parts.timesteps import LogitNormal, Uniform
+from clipfix.parts.trainable import LastBlocks, LoRA
+from clipfix.results.pictures.diva import Watch
+from clipfix.training.ranks import Ranks
+from clipfix.training.schedules import Cosine, Steps
 
-RULES = [
-    ("none", None, "mean"),
-    ("all", None, "mean"),
-    ("random", 7, "tokenwise"),
-    ("share", 0.5, "mean"),
-    ("average", 2, "mean"),
-]
+RULES = {  # option of the group `patches`: its settings, the null text it goes with, tokens of the condition
+    "none": ({}, "mean", 1),
+    "all": ({}, "mean", 17),
+    "random": ({"amount": 7}, "tokenwise", 8),
+    "share": ({"share": 0.5}, "mean", 9),
+    "average": ({"side": 2}, "mean", 5),
+}
 DCR = {"temperature": 0.1, "negatives": 1, "crop_area": [0.5, 0.8], "crop_ratio": [0.9, 1.1]}
-CAPTIONS = {"projection_from": "captions", "patches": "none", "patch_amount": None, "null_text": "mean"}
-UNIFORM = {"law": "uniform", "range": None, "mean": 0.0, "sd": 1.0}
+CAPTIONS = "condition=caption_space"
+CLASS_TOKEN = {"null_text": "mean"}  # of the condition, with patches=none
 
 
 def cpu_draw(sampler, *args, rows, shape=()):
@@ -49,7 +53,7 @@ def cpu_draw(sampler, *args, rows, shape=()):
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_loss_equals_a_slow_version(prediction_type, clip_folder, generator_folder):
     """One image, one draw at a time, in the paper's order, with diffusers' own parts."""
-    method = build("diva", clip_folder, generator_folder, patches="all", patch_amount=None, null_text="mean")
+    method = build("diva", clip_folder, generator_folder, "patches=all", condition=CLASS_TOKEN)
     diffusion, inputs, rows = method.diffusion, batch(3), 3
     diffusion.prediction_type = prediction_type
     method.seed_draws(0)
@@ -59,8 +63,8 @@ def test_loss_equals_a_slow_version(prediction_type, clip_folder, generator_fold
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     alphas = torch.cumprod(1 - betas, 0)
     method.seed_draws(0)  # the same draws, in the same order
-    noise = torch.randn(rows, method.draws, 4, 8, 8, generator=method.generator)
-    timesteps = torch.randint(0, 1000, (rows, method.draws), generator=method.generator)
+    noise = torch.randn(rows, method.timesteps.draws, 4, 8, 8, generator=method.ranks.generator)
+    timesteps = torch.randint(0, 1000, (rows, method.timesteps.draws), generator=method.ranks.generator)
     total = 0.0
     with torch.no_grad():
         null = diffusion.condition([""])[0].mean(0)
@@ -68,13 +72,16 @@ def test_loss_equals_a_slow_version(prediction_type, clip_folder, generator_fold
             image = inputs["image"][i : i + 1]
             latent = diffusion.vae.encode(2 * image - 1).latent_dist.mode() * diffusion.vae.config.scaling_factor
             pooled, patches = method.backbone.visual_tokens(image)
-            tokens = torch.stack([pooled[0], *patches[0]]) @ method.visual_proj.weight.T + method.visual_proj.bias
-            for d in range(method.draws):
+            tokens = (
+                torch.stack([pooled[0], *patches[0]]) @ method.condition.projection.weight.T
+                + method.condition.projection.bias
+            )
+            for d in range(method.timesteps.draws):
                 t, e = timesteps[i, d], noise[i, d]
                 a, s = alphas[t].sqrt().float(), (1 - alphas[t]).sqrt().float()
                 predicted = unet(a * latent + s * e, t, encoder_hidden_states=(tokens + null)[None]).sample[0]
                 target = e if prediction_type == "epsilon" else a * e - s * latent[0]
-                total += float(((predicted - target) ** 2).mean()) / (rows * method.draws)
+                total += float(((predicted - target) ** 2).mean()) / (rows * method.timesteps.draws)
     assert float(loss) == pytest.approx(total, rel=1e-4)
 
 
@@ -99,15 +106,15 @@ def test_stored_latents_take_the_place_of_the_autoencoder(clip_folder, generator
 
 def test_draws_weigh_the_same(clip_folder, generator_folder):
     """Two draws in one pass have the gradient of the mean of two passes of one draw each."""
-    method = build("diva", clip_folder, generator_folder, patches="none", patch_amount=None, null_text="mean")
+    method = build("diva", clip_folder, generator_folder, "patches=none", condition=CLASS_TOKEN)
     inputs, generator = batch(2), torch.Generator().manual_seed(3)
     noise = torch.randn(2, 2, 4, 8, 8, generator=generator)
     timesteps = torch.randint(0, 1000, (2, 2), generator=generator)
 
     def gradient(columns):
         queue = [noise[:, columns], timesteps[:, columns]]
-        method.draw = lambda *_, **__: queue.pop(0)  # noise, then timesteps
-        method.draws = len(columns)
+        method.ranks.sample = lambda *_, **__: queue.pop(0)  # noise, then timesteps
+        method.timesteps.draws = len(columns)
         method.zero_grad()
         method.loss(inputs)["denoising"].backward()
         return torch.cat([p.grad.flatten() for p in method.parameters() if p.grad is not None])
@@ -117,35 +124,37 @@ def test_draws_weigh_the_same(clip_folder, generator_folder):
 
 def test_only_visual_tower_and_projection_train(clip_folder, generator_folder):
     method = build("diva", clip_folder, generator_folder)
-    assert {name.split(".")[0] for name in method.trained_names()} == {"backbone", "visual_proj"}
-    assert all(".visual." in name or name.startswith("visual_proj.") for name in method.trained_names())
+    assert {name.split(".")[0] for name in method.trained_names()} == {"backbone", "condition"}
+    projection = "condition.projection."
+    assert all(".visual." in name or name.startswith(projection) for name in method.trained_names())
 
 
-@pytest.mark.parametrize(("patches", "amount", "null_text"), RULES)
-def test_every_token_rule_gives_a_condition(patches, amount, null_text, clip_folder, generator_folder):
-    method = build("diva", clip_folder, generator_folder, patches=patches, patch_amount=amount, null_text=null_text)
+@pytest.mark.parametrize("rule", RULES)
+def test_every_token_rule_gives_a_condition(rule, clip_folder, generator_folder):
+    settings, null_text, tokens = RULES[rule]
+    condition = {"null_text": null_text, "patches": settings}
+    method = build("diva", clip_folder, generator_folder, f"patches={rule}", condition=condition)
     method.seed_draws(0)
-    tokens = {"none": 1, "all": 17, "random": 8, "share": 9, "average": 5}[patches]
     assert method.condition(*method.backbone.visual_tokens(batch(2)["image"])).shape == (2, tokens, 12)
-    assert PATCH_RULES.keys() == {rule for rule, *_ in RULES}
+    assert {path.stem for path in (CONF / "patches").glob("*.yaml")} == RULES.keys()
 
 
 def test_random_patches_are_drawn_with_replacement():
     patches = torch.arange(4.0).view(1, 4, 1).expand(2, 4, 1)
-    drawn = random_patches(patches, cpu_draw, amount=60)
+    drawn = RandomPatches(60)(patches, cpu_draw)
     assert drawn.shape == (2, 60, 1)
     assert set(drawn.flatten().tolist()) == {0.0, 1.0, 2.0, 3.0}
 
 
 def test_share_takes_each_patch_at_most_once():
     patches = torch.arange(10.0).view(1, 10, 1).expand(3, 10, 1)
-    for row in share_of_patches(patches, cpu_draw, amount=0.5)[..., 0].tolist():
+    for row in ShareOfPatches(0.5)(patches, cpu_draw)[..., 0].tolist():
         assert len(row) == len(set(row)) == 5
 
 
 def test_average_equals_a_loop_and_leaves_out_the_incomplete_tile():
     patches = torch.randn(2, 25, 3)
-    pooled = average_patches(patches, cpu_draw, amount=2)
+    pooled = AveragePatches(2)(patches, cpu_draw)
     for row in range(2):
         for column in range(2):
             tile = [patches[:, 5 * (2 * row + i) + 2 * column + j] for i in (0, 1) for j in (0, 1)]
@@ -156,45 +165,57 @@ def test_null_text_rules():
     tokens, null = torch.randn(2, 3, 4), torch.randn(3, 4)
     torch.testing.assert_close(condition_from_tokens(tokens, null, "tokenwise")[1, 2], tokens[1, 2] + null[2])
     torch.testing.assert_close(condition_from_tokens(tokens, null, "mean")[1, 2], tokens[1, 2] + null.mean(0))
-    with pytest.raises(ValueError, match="draw 4 patches"):
+    with pytest.raises(ValueError, match=r"null_text=tokenwise .* 4 patches"):
         condition_from_tokens(tokens, torch.randn(5, 4), "tokenwise")
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"),
+    ("construct", "key", "value"),
     [
-        ({"patches": "some", "patch_amount": None}, "choose from none, all, random, share, average"),
-        ({"patches": "random", "patch_amount": 0.5}, "takes int"),
-        ({"null_text": "average"}, "tokenwise or mean"),
-        ({"warmup_steps": 9}, "between 0 and method.steps"),
-        ({"timesteps": UNIFORM | {"law": "normal"}}, "timesteps.law is normal: choose uniform or logit_normal"),
-        ({"timesteps": UNIFORM | {"range": [500, 1001]}}, "between 0 and the diffusion model's 1000"),
-        ({"timesteps": UNIFORM | {"range": [500, 500]}}, r"range is \[500, 500\]"),
-        ({"train": "text"}, "choose visual, norms, blocks or lora"),
-        ({"train": "blocks"}, "train_blocks is None: train the last 1 to 2 blocks"),
-        ({"train": "blocks", "train_blocks": 3}, "train_blocks is 3: train the last 1 to 2 blocks"),
-        ({"train_blocks": 1}, "set method.train=blocks"),
-        ({"train": "lora", "lora": {"rank": 0, "alpha": 1}}, "give rank, a whole number from 1"),
-        ({"projection_steps": 5}, "projection_steps is 5: set it between 0 and 4"),
-        ({"projection_from": "text"}, "choose images or captions"),
-        (CAPTIONS, "set method.projection_steps above 0"),
-        ({**CAPTIONS, "projection_steps": 2, "patches": "all"}, "method.patches=none, as a patch has no caption"),
-        ({"condition_tokens": 0}, "condition_tokens is 0: set it to 1 or more"),
-        ({"feedback": "dcr"}, "choose denoising or contrastive"),
-        ({"feedback": "contrastive", "dcr": DCR | {"temperature": 0.0}}, "set the one above 0"),
-        ({"feedback": "contrastive", "dcr": DCR | {"negatives": 0}}, "the other to 1 or more"),
-        ({"feedback": "contrastive", "dcr": DCR | {"crop_area": [0.9, 1.1]}}, "areas above 0 and up to 1"),
-        ({"feedback": "contrastive", "dcr": DCR | {"crop_ratio": [1.1, 0.9]}}, "its least and greatest"),
-        ({"anchor": "feature"}, "choose null, features or similarities"),
-        ({"control": "shuffle"}, "choose null, shuffled or off"),
-        ({"control": "off"}, "method.caption_weight above 0"),
-        ({"control": "off", "caption_weight": 1.0, "projection_steps": 1}, "method.projection_steps=0"),
-        ({"optimizer": {"name": "Adamw", "lr": 1e-3}}, "torch.optim"),
+        (lambda: VisualTokens(RandomPatches(7), "average", 1, 0, None), "method.condition.null_text", "average"),
+        (lambda: VisualTokens(RandomPatches(7), "mean", 0, 0, None), "method.condition.tokens", "0"),
+        (lambda: CaptionSpace(1, 0, None), "method.condition.steps", "0"),
+        (lambda: Uniform(2, [500, 1001]).bounds(1000), "method.timesteps.range", r"\[500, 1001\]"),
+        (lambda: LogitNormal(2, [500, 500], 0.0, 1.0).bounds(1000), "method.timesteps.range", r"\[500, 500\]"),
+        (lambda: Uniform(0, None), "method.timesteps.draws", "0"),
+        (lambda: LoRA(0, 1), "method.trainable.rank", "0"),
+        (lambda: LoRA(4, 0), "method.trainable.alpha", "0"),
+        (lambda: Contrastive(**DCR | {"temperature": 0.0}), "method.feedback.temperature", "0.0"),
+        (lambda: Contrastive(**DCR | {"negatives": 0}), "method.feedback.negatives", "0"),
+        (lambda: Contrastive(**DCR | {"crop_area": [0.9, 1.1]}), "method.feedback.crop_area", r"\[0.9, 1.1\]"),
+        (lambda: Contrastive(**DCR | {"crop_ratio": [1.1, 0.9]}), "method.feedback.crop_ratio", r"\[1.1, 0.9\]"),
+        (lambda: Cosine(9, 0.0).check(4), "method.schedule.warmup_steps", "9"),
+        (lambda: Cosine(0, 1.5), "method.schedule.floor", "1.5"),
+        (lambda: Steps(0, [1.0], 0.1), "method.schedule.at", r"\[1.0\]"),
     ],
 )
-def test_wrong_settings_say_how_to_fix_them(wrong, message, clip_folder, generator_folder):
-    with pytest.raises(InstantiationException, match=message):
-        build("diva", clip_folder, generator_folder, **wrong)
+def test_wrong_settings_of_parts_are_named_by_key_and_value(construct, key, value):
+    """Each part checks its own settings: no model is needed."""
+    with pytest.raises(ValueError, match=rf"^{key} is {value}: ."):
+        construct()
+
+
+@pytest.mark.parametrize(
+    ("groups", "wrong", "key", "value"),
+    [
+        ((), {"schedule": {"warmup_steps": 9}}, "method.schedule.warmup_steps", "9"),
+        ((), {"timesteps": {"range": [500, 1001]}}, "method.timesteps.range", r"\[500, 1001\]"),
+        ((), {"condition": {"steps": 5}}, "method.condition.steps", "5"),
+        (("trainable=blocks",), {"trainable": {"blocks": 3}}, "method.trainable.blocks", "3"),
+        ((), {"feedback": None}, "method.feedback", "null"),
+        ((), {"optimizer": {"name": "Adamw", "lr": 1e-3}}, "method.optimizer.name", "Adamw"),
+    ],
+)
+def test_settings_that_do_not_fit_the_models_or_each_other_are_named(
+    groups, wrong, key, value, clip_folder, generator_folder
+):
+    with pytest.raises(InstantiationException, match=rf"{key}( is |=){value}"):
+        build("diva", clip_folder, generator_folder, *groups, **wrong)
+
+
+def test_last_blocks_are_for_open_clips_transformers():
+    with pytest.raises(ValueError, match=r"not for Linear: .*trainable@method\.trainable="):
+        LastBlocks(1).parts(torch.nn.Linear(2, 2))
 
 
 def test_image_size_serves_both_models(clip_folder, generator_folder, tmp_path):
@@ -221,17 +242,17 @@ def test_noise_schedule_is_the_folders(clip_folder, generator_folder):
 
 @pytest.fixture
 def make(clip_folder, generator_folder):
-    return lambda **overrides: build("diva", clip_folder, generator_folder, **overrides)
+    return lambda *groups, **overrides: build("diva", clip_folder, generator_folder, *groups, **overrides)
 
 
 @pytest.fixture
 def as_rank(monkeypatch):
-    """Makes any method believe that it is this rank of several; `joined` is what gathering then gives."""
+    """Make any method believe that it is this rank of several; `joined` is what gathering then gives."""
 
     def pretend(rank, world_size, joined=None):
-        monkeypatch.setattr(DIVA, "rank", rank)
-        monkeypatch.setattr(DIVA, "world_size", world_size)
-        monkeypatch.setattr(DIVA, "gather", lambda self, rows: joined)
+        monkeypatch.setattr(Ranks, "rank", rank)
+        monkeypatch.setattr(Ranks, "size", world_size)
+        monkeypatch.setattr(Ranks, "gather", lambda self, rows: joined)
 
     return pretend
 
@@ -260,44 +281,47 @@ def test_logit_normal_timesteps_follow_their_law(mean, sd, low, high):
     assert extremes.tolist() == [low, high - 1]
 
 
-@pytest.mark.parametrize("law", ["uniform", "logit_normal"])
-def test_timesteps_stay_in_their_range_and_two_ranks_draw_what_one_does(law, make, as_rank):
-    method = make(draws=3, timesteps=UNIFORM | {"law": law, "range": [200, 210]})
-    method.seed_draws(0)
-    alone = method.draw_timesteps(300)
+@pytest.mark.parametrize("law", [Uniform(3, [200, 210]), LogitNormal(3, [200, 210], 0.0, 1.0)])
+def test_timesteps_stay_in_their_range_and_two_ranks_draw_what_one_does(law, as_rank):
+    ranks = Ranks(seed=0)
+
+    def drawn(rows):
+        ranks.reseed(0, torch.device("cpu"))
+        return law.sample(rows, 1000, ranks)
+
+    alone = drawn(300)
     assert alone.shape == (300, 3)
     assert set(alone.flatten().tolist()) == set(range(200, 210))
-    if law == "uniform":  # 90 of each on average, with a standard deviation of 9
+    if isinstance(law, Uniform):  # 90 of each on average, with a standard deviation of 9
         assert all(50 < count < 130 for count in alone.flatten().bincount()[200:].tolist())
     for rank in (0, 1):
         as_rank(rank, 2)
-        method.seed_draws(0)
-        assert torch.equal(method.draw_timesteps(150), alone[150 * rank :][:150])
+        assert torch.equal(drawn(150), alone[150 * rank :][:150])
 
 
 @pytest.mark.parametrize("rows", [2, 5, 6])
-def test_shuffled_condition_is_another_images_across_ranks(rows, make, as_rank):
-    method = make(control="shuffled")
+def test_shuffled_condition_is_another_images_across_ranks(rows, as_rank):
+    ranks = Ranks(seed=0)
     joined = torch.arange(rows, dtype=torch.float).view(rows, 1, 1)
-    alone = method.of_others(joined)
+    alone = of_others(joined, ranks)
     assert (alone != joined).all()
     assert sorted(alone.flatten().tolist()) == joined.flatten().tolist()
     for rank in range(rows):
         as_rank(rank, rows, joined)
-        assert torch.equal(method.of_others(joined[rank : rank + 1]), alone[rank : rank + 1])
+        assert torch.equal(of_others(joined[rank : rank + 1], ranks), alone[rank : rank + 1])
 
 
 def test_shuffled_loss_and_gradient_are_those_of_the_other_condition(make):
     """One image at a time, each with the description of the image three further on."""
-    method, inputs = make(control="shuffled"), batch(6)
+    method, inputs = make(shuffled=True), batch(6)
     condition = torch.randn(6, 8, 12, generator=torch.Generator().manual_seed(2)).requires_grad_()
     method.seed_draws(0)
-    method.feedback(inputs["image"], condition, None, None, shuffled=True).backward()
+    method.feedback_loss(method.feedback, inputs, condition).backward()
     found, condition.grad = condition.grad, None
 
     method.seed_draws(0)
-    noise = torch.randn(6, method.draws, 4, 8, 8, generator=method.generator)
-    timesteps = torch.randint(0, 1000, (6, method.draws), generator=method.generator)
+    noise = torch.randn(6, method.timesteps.draws, 4, 8, 8, generator=method.ranks.generator)
+    timesteps = torch.randint(0, 1000, (6, method.timesteps.draws), generator=method.ranks.generator)
     losses = []
     for i in range(6):
         latent = method.diffusion.encode(inputs["image"][i : i + 1])
@@ -310,14 +334,14 @@ def test_shuffled_loss_and_gradient_are_those_of_the_other_condition(make):
 
 
 def test_one_image_has_no_other(make):
-    method = make(control="shuffled")
+    method = make(shuffled=True)
     with pytest.raises(ValueError, match="raise data"):
         terms(method, batch(1))
     assert terms(method.eval(), batch(1))["denoising"].isfinite()  # a validation split may end so
 
 
 def test_without_feedback_the_caption_loss_is_finetunes(make, clip_folder, generator_folder):
-    method, inputs = make(control="off", caption_weight=1.0), batch(5)
+    method, inputs = make(feedback=None, caption_weight=1.0), batch(5)
     control = build("finetune", clip_folder, generator_folder, train=["visual"])
     assert method.needs.texts == ("caption",)
     found, expected = gradients(method, inputs), gradients(control, inputs)
@@ -329,10 +353,6 @@ def test_without_feedback_the_caption_loss_is_finetunes(make, clip_folder, gener
     torch.testing.assert_close(
         terms(make(caption_weight=0.5), inputs)["caption"], 0.5 * terms(control, inputs)["contrastive"]
     )
-
-
-def test_a_bare_off_in_yaml_is_off(make):
-    assert terms(make(control=False, caption_weight=1.0), batch(2)).keys() == {"caption"}
 
 
 def unit(rows: int, seed: int) -> torch.Tensor:
@@ -364,18 +384,20 @@ def test_similarity_anchor_ignores_what_no_text_looks_at():
 
 @pytest.mark.parametrize("anchor", ["features", "similarities"])
 def test_anchor_starts_at_zero_and_the_original_never_moves_nor_is_saved(anchor, make, tmp_path):
-    method, inputs = make(anchor=anchor, anchor_weight=2.0, optimizer={"name": "SGD", "lr": 1.0}), batch(4)
+    method, inputs = make(f"anchor={anchor}", anchor={"weight": 2.0}, optimizer={"name": "SGD", "lr": 1.0}), batch(4)
     assert method.needs.texts == (("caption",) if anchor == "similarities" else ())
-    before = {name: tensor.clone() for name, tensor in method.original.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in method.anchor.original.state_dict().items()}
     assert terms(method, inputs)["anchor"].item() == pytest.approx(0, abs=1e-5)
     fit(method, tmp_path, steps=2)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in method.original.state_dict().items())
-    assert method.original.text is method.backbone.text
+    assert all(torch.equal(tensor, before[name]) for name, tensor in method.anchor.original.state_dict().items())
+    assert method.anchor.original.text is method.backbone.text
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
     assert saved.keys() == method.trained_names()
-    assert not [name for name in saved if name.startswith("original")]
+    assert not [name for name in saved if "original" in name]
 
-    new, old = (F.normalize(clip.encode_image(inputs["image"]), dim=-1) for clip in (method.backbone, method.original))
+    new, old = (
+        F.normalize(clip.encode_image(inputs["image"]), dim=-1) for clip in (method.backbone, method.anchor.original)
+    )
     if anchor == "features":
         drift = feature_drift(new, old)
     else:
@@ -386,25 +408,26 @@ def test_anchor_starts_at_zero_and_the_original_never_moves_nor_is_saved(anchor,
 
 
 @pytest.mark.parametrize(
-    ("train", "blocks", "belongs"),
+    ("part", "blocks", "belongs"),
     [
-        ("visual", None, lambda name: True),
+        ("tower", None, lambda name: True),
         ("norms", None, lambda name: "ln_" in name),
         ("blocks", 1, lambda name: "resblocks.1." in name or "ln_post" in name or name.endswith("visual.proj")),
         ("blocks", 2, lambda name: "resblocks." in name or "ln_post" in name or name.endswith("visual.proj")),
     ],
 )
-def test_named_part_of_the_tower_trains_and_all_of_it_is_reached(train, blocks, belongs, make):
+def test_named_part_of_the_tower_trains_and_all_of_it_is_reached(part, blocks, belongs, make):
     """A trained weight without a gradient would let DDP hang."""
-    method = make(train=train, train_blocks=blocks)
+    method = make(f"trainable={part}", trainable={} if blocks is None else {"blocks": blocks})
     tower = {name for name, _ in method.named_parameters() if ".visual." in name and belongs(name)}
-    assert method.trained_names() == tower | {"visual_proj.weight", "visual_proj.bias"}
+    assert method.trained_names() == tower | {"condition.projection.weight", "condition.projection.bias"}
     assert gradients(method, batch(3)).keys() == method.trained_names()
 
 
-@pytest.mark.parametrize("train", ["visual", "norms"])
-def test_checkpointed_tower_has_the_same_loss_and_gradients(train, make):
-    plain, checkpointed, inputs = make(train=train), make(train=train, checkpointing=True), batch(3)
+@pytest.mark.parametrize("part", ["tower", "norms"])
+def test_checkpointed_tower_has_the_same_loss_and_gradients(part, make):
+    plain, checkpointed, inputs = make(f"trainable={part}"), make(f"trainable={part}"), batch(3)
+    checkpointed.backbone.visual.set_grad_checkpointing()  # as backbone.checkpointing=true does
     assert checkpointed.backbone.visual.transformer.grad_checkpointing
     torch.testing.assert_close(terms(checkpointed, inputs), terms(plain, inputs))
     torch.testing.assert_close(gradients(checkpointed, inputs), gradients(plain, inputs), atol=1e-6, rtol=1e-4)
@@ -419,19 +442,19 @@ STRICT = [
 @pytest.mark.parametrize("optimizer", STRICT, ids=lambda settings: settings["name"])
 def test_stage_one_moves_the_projection_alone_and_resumes_across_its_end(optimizer, make, tmp_path):
     def run(folder, steps, resume=None):
-        method = make(projection_steps=2, optimizer=optimizer, caption_weight=1.0, anchor="features")
+        method = make("anchor=features", condition={"steps": 2}, optimizer=optimizer, caption_weight=1.0)
         trainer = fit(method, tmp_path / folder, steps, resume)
         return dict(method.named_parameters()), trainer.optimizers[0].state
 
     start = dict(make().named_parameters())
     first, _ = run("parts", 2)
     assert all(torch.equal(p, start[name]) for name, p in first.items() if name.startswith("backbone."))
-    assert not torch.equal(first["visual_proj.weight"], start["visual_proj.weight"])
+    assert not torch.equal(first["condition.projection.weight"], start["condition.projection.weight"])
 
     whole, state = run("whole", 4)
     assert not torch.equal(whole["backbone.model.visual.proj"], start["backbone.model.visual.proj"])
     if optimizer["name"] == "AdamW":  # the tower's moments know nothing of stage one
-        assert state[whole["visual_proj.weight"]]["step"] == 4
+        assert state[whole["condition.projection.weight"]]["step"] == 4
         assert state[whole["backbone.model.visual.proj"]]["step"] == 2
     rest, _ = run("parts", 4, tmp_path / "parts" / "last.ckpt")
     assert all(torch.equal(p, whole[name]) for name, p in rest.items())
@@ -471,12 +494,12 @@ def test_crops_are_what_their_draws_say():
     assert wide[1].max() < 0.3  # a quarter of the height
 
 
-@pytest.mark.parametrize("control", [None, "shuffled"])
+@pytest.mark.parametrize("shuffled", [False, True])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_contrastive_feedback_equals_a_slow_version(control, prediction_type, make):
+def test_contrastive_feedback_equals_a_slow_version(shuffled, prediction_type, make):
     """One image and draw at a time. Gradients reach all conditions: own, view's and others'."""
-    settings = {"patches": "none", "patch_amount": None, "null_text": "mean", "control": control}
-    method = make(feedback="contrastive", dcr=DCR | {"negatives": 2}, **settings)
+    settings = {"condition": CLASS_TOKEN, "shuffled": shuffled, "feedback": DCR | {"negatives": 2}}
+    method = make("patches=none", "feedback=contrastive", **settings)
     inputs, method.diffusion.prediction_type = batch(6), prediction_type
     found = gradients(method, inputs)
     loss = terms(method, inputs)["contrastive"]
@@ -486,19 +509,19 @@ def test_contrastive_feedback_equals_a_slow_version(control, prediction_type, ma
     method.zero_grad()
 
     method.seed_draws(0)
-    uniform = torch.rand(6, 4, generator=method.generator)
-    noise = torch.randn(6, method.draws, 4, 8, 8, generator=method.generator)
-    timesteps = torch.randint(0, 1000, (6, method.draws), generator=method.generator)
+    uniform = torch.rand(6, 4, generator=method.ranks.generator)
+    noise = torch.randn(6, method.timesteps.draws, 4, 8, 8, generator=method.ranks.generator)
+    timesteps = torch.randint(0, 1000, (6, method.timesteps.draws), generator=method.ranks.generator)
     views = random_crops(inputs["image"], uniform, (0.5, 0.8), (0.9, 1.1))
     own, other = (method.condition(*method.backbone.visual_tokens(each)) for each in (inputs["image"], views))
     losses = []
     for i in range(6):
-        told = (i + 3) % 6 if control else i
+        told = (i + 3) % 6 if shuffled else i
         latent = method.diffusion.encode(inputs["image"][i : i + 1])
         for e, t in zip(noise[i][:, None], timesteps[i][:, None], strict=True):
             noisy, target = method.diffusion.add_noise(latent, e, t), method.diffusion.target(latent, e, t)
             candidates = [own[(told + 1) % 6], own[(told + 2) % 6]]  # 6 * 1 / 6 and 6 * 2 / 6 further on
-            assert not control or i not in ((told + 1) % 6, (told + 2) % 6)
+            assert not shuffled or i not in ((told + 1) % 6, (told + 2) % 6)
             anchor, *rest = (method.diffusion.predict(noisy, t, c[None]) for c in (own[told], other[told], *candidates))
             cosines = torch.stack([F.cosine_similarity(anchor.flatten(), p.flatten(), dim=0) for p in (target, *rest)])
             losses.append(-(cosines / 0.1).log_softmax(0)[:2].mean())
@@ -511,8 +534,10 @@ def test_contrastive_feedback_equals_a_slow_version(control, prediction_type, ma
 
 
 def test_negatives_need_images(make):
-    method = make(feedback="contrastive", dcr=DCR | {"negatives": 3})
-    with pytest.raises(ValueError, match=r"A batch of 4 .* all ranks together have 8 images, or lower method.dcr.neg"):
+    method = make("feedback=contrastive", feedback=DCR | {"negatives": 3})
+    with pytest.raises(
+        ValueError, match=r"A batch of 4 .* all ranks together have 8 images, or lower method.feedback.neg"
+    ):
         terms(method, batch(4))
     assert terms(method.eval(), batch(4))["contrastive"].isfinite()
 
@@ -522,7 +547,7 @@ def test_negatives_need_images(make):
 
 def test_condition_of_captions_equals_the_same_by_hand(make):
     """Three tokens a visual token: three linear maps of their own."""
-    method, inputs = make(**CAPTIONS, projection_steps=2, condition_tokens=3), batch(4)
+    method, inputs = make(CAPTIONS, condition={"steps": 2, "tokens": 3}), batch(4)
     width, told = method.diffusion.condition_dim, []
     for i in range(4):
         texts = method.backbone.encode_text(method.backbone.tokenize(inputs["captions"][2 * i : 2 * i + 2]))
@@ -537,8 +562,10 @@ def test_condition_of_captions_equals_the_same_by_hand(make):
             spread = (features[i] - sum(features) / 4) * len(features[i]) ** 0.5
             for token in range(3):
                 part = slice(token * width, (token + 1) * width)
-                expected = method.visual_proj.weight[part] @ spread + method.visual_proj.bias[part]
-                torch.testing.assert_close(found[i, token], expected + method.null.mean(0), atol=1e-5, rtol=1e-4)
+                expected = method.condition.projection.weight[part] @ spread + method.condition.projection.bias[part]
+                torch.testing.assert_close(
+                    found[i, token], expected + method.condition.null.mean(0), atol=1e-5, rtol=1e-4
+                )
     assert method.needs.texts == ("captions",)
 
 
@@ -547,27 +574,27 @@ def test_captions_teach_the_projection_alone_and_images_the_tower_alone(optimize
     """Whatever the optimizer's decay and momentum; a resumed run repeats it. The control only shuffles stage two."""
 
     def run(folder, steps, resume=None, **overrides):
-        method = make(**CAPTIONS, projection_steps=2, optimizer=optimizer, **overrides)
+        method = make(CAPTIONS, condition={"steps": 2}, optimizer=optimizer, **overrides)
         fit(method, tmp_path / folder, steps, resume)
         return dict(method.named_parameters())
 
     def moved(before, after):
         return {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
 
-    start = dict(make(**CAPTIONS, projection_steps=2).named_parameters())
+    start = dict(make(CAPTIONS, condition={"steps": 2}).named_parameters())
     first, whole = run("parts", 2), run("whole", 4)
-    assert moved(start, first) == {"visual_proj"}
+    assert moved(start, first) == {"condition"}
     assert moved(first, whole) == {"backbone"}
     assert not moved(whole, run("parts", 4, tmp_path / "parts" / "last.ckpt"))
     if optimizer["name"] == "SGD":
-        assert not moved(first, run("control", 2, control="shuffled"))
-        assert moved(whole, run("control", 4, control="shuffled")) == {"backbone"}
+        assert not moved(first, run("control", 2, shuffled=True))
+        assert moved(whole, run("control", 4, shuffled=True)) == {"backbone"}
 
 
 def test_each_stage_has_a_schedule_of_its_own(make, tmp_path):
     """Stage one warms up over two steps and falls over two; so does stage two, at the optimizer's rate."""
-    settings = {"projection_steps": 4, "projection_lr": 0.3, "steps": 8, "warmup_steps": 2}
-    method = make(**CAPTIONS, **settings, optimizer={"name": "SGD", "lr": 0.1})
+    settings = {"condition": {"steps": 4, "lr": 0.3}, "steps": 8, "schedule": {"warmup_steps": 2}}
+    method = make(CAPTIONS, **settings, optimizer={"name": "SGD", "lr": 0.1})
     rates, hook = [], method.on_before_optimizer_step
 
     def watch(optimizer):
@@ -577,7 +604,10 @@ def test_each_stage_has_a_schedule_of_its_own(make, tmp_path):
     method.on_before_optimizer_step = watch
     trainer = fit(method, tmp_path, steps=8)
     groups = trainer.optimizers[0].param_groups
-    assert [any(p is method.visual_proj.weight for p in group["params"]) for group in groups[:2]] == [True, False]
+    assert [any(p is method.condition.projection.weight for p in group["params"]) for group in groups[:2]] == [
+        True,
+        False,
+    ]
     factors = [0.5, 1.0, 1.0, 0.5]
     for step, (projection, bias, *tower) in enumerate(rates):
         assert projection == bias
@@ -588,33 +618,51 @@ def test_each_stage_has_a_schedule_of_its_own(make, tmp_path):
             assert tower == pytest.approx([0.1 * factors[step - 4]] * 2)
 
 
+def watched(method: DIVA, inputs: dict, batches_seen: int = 0, callback: Watch | None = None) -> dict[str, float]:
+    """What `Watch` logs before the step on a batch."""
+    trainer = SimpleNamespace(precision_plugin=SimpleNamespace(train_step_context=nullcontext))
+    if callback is None:
+        callback = Watch(every_n_batches=2)
+        callback.setup(trainer, method, "fit")
+    method.batches_seen, method.notes = batches_seen, {}
+    callback.on_train_batch_start(trainer, method, inputs, 0)
+    return {name: float(value) for name, value in method.notes.items()}
+
+
 def test_watching_sees_three_conditions_and_changes_nothing(make):
-    method, inputs = make(watch_every=2, anchor="features"), batch(4)
-    quiet = make(anchor="features")
-    assert torch.equal(terms(method, inputs)["denoising"], terms(quiet, inputs)["denoising"])
-    assert quiet.notes == {}
-    assert method.notes.keys() == {"denoising/right", "denoising/shuffled", "denoising/null", "drift/features"}
-    assert method.notes["denoising/right"] == terms(quiet, inputs)["denoising"].item()
-    shuffled = make(control="shuffled", anchor="features")
-    assert method.notes["denoising/shuffled"] == terms(shuffled, inputs)["denoising"].item()
+    method, inputs = make(), batch(4)
+    plain = terms(method, inputs)["denoising"]
+    found = watched(method, inputs)
+    assert found.keys() == {"denoising/right", "denoising/shuffled", "denoising/null", "drift/features"}
+    assert torch.equal(terms(method, inputs)["denoising"], plain)
+    assert found["denoising/right"] == plain.item()
+    assert found["denoising/shuffled"] == terms(make(shuffled=True), inputs)["denoising"].item()
+    assert found["drift/features"] == pytest.approx(0, abs=1e-6)
+    silent = make()
     with torch.no_grad():  # tokens of nothing leave the null text
-        for silent in quiet.visual_proj.parameters():
-            silent.zero_()
-    assert method.notes["denoising/null"] == pytest.approx(terms(quiet, inputs)["denoising"].item(), rel=1e-5)
-    assert method.notes["drift/features"] == pytest.approx(0, abs=1e-6)
-    unanchored = make(watch_every=2)
-    assert terms(unanchored, inputs).keys() == {"denoising"}
-    assert unanchored.notes["drift/features"] == pytest.approx(0, abs=1e-6)
+        for weight in silent.condition.projection.parameters():
+            weight.zero_()
+    assert found["denoising/null"] == pytest.approx(terms(silent, inputs)["denoising"].item(), rel=1e-5)
+    assert watched(method, inputs, batches_seen=1) == {}
+    assert watched(make(feedback=None, caption_weight=1.0), inputs).keys() == {"drift/features"}
+    learning = make(CAPTIONS, condition={"steps": 2})
+    assert watched(learning, inputs)["denoising/right"] == terms_now(learning, inputs)["denoising"].item()
+
+
+def terms_now(method: DIVA, inputs: dict) -> dict[str, torch.Tensor]:
+    """The terms of the phase that holds the current step."""
+    method.seed_draws(0)
+    return method.terms(inputs)
+
+
+def test_drift_is_measured_from_the_pretrained_tower(make):
+    method, inputs, callback = make(), batch(4), Watch(every_n_batches=1)
+    callback.setup(None, method, "fit")
+    assert watched(method, inputs, callback=callback)["drift/features"] == pytest.approx(0, abs=1e-6)
     with torch.no_grad():
-        unanchored.backbone.visual.proj.neg_()
-    terms(unanchored, inputs)
-    assert unanchored.notes["drift/features"] > 1  # features of the other sign
-    assert not any(name.startswith("original") for name in unanchored.trained_names())
-    for batches_seen, training, looks in ((1, True, False), (2, True, True), (2, False, False)):
-        method.batches_seen, method.notes = batches_seen, {}
-        method.train(training)
-        terms(method, inputs)
-        assert bool(method.notes) == looks
+        method.backbone.visual.proj.neg_()
+    assert watched(method, inputs, callback=callback)["drift/features"] > 1  # features of the other sign
+    assert not any(parameter.requires_grad for parameter in callback.original.visual.parameters())
 
 
 # -- experiments -------------------------------------------------------------------------------------------------------
@@ -646,11 +694,10 @@ def test_each_of_the_references_models_has_its_experiment(backbone):
     assert config.trainer.precision == "bf16-mixed"
 
     side = open_clip.get_model_config(config.backbone.name)["vision_cfg"]["image_size"] // 14
-    pick, _ = PATCH_RULES[settings["patches"]]
-    tokens = torch.cat(
-        [torch.zeros(1, 1, 3), pick(torch.zeros(1, side**2, 3), cpu_draw, settings["patch_amount"])], dim=1
-    )
-    assert condition_from_tokens(tokens, torch.zeros(77, 3), settings["null_text"]).shape[1] == TOKENS[backbone]
+    picked = instantiate(settings["condition"]["patches"])(torch.zeros(1, side**2, 3), cpu_draw)
+    tokens = torch.cat([torch.zeros(1, 1, 3), picked], dim=1)
+    null_text = settings["condition"]["null_text"]
+    assert condition_from_tokens(tokens, torch.zeros(77, 3), null_text).shape[1] == TOKENS[backbone]
 
 
 def test_experiments_are_these_and_the_tiny_one():

@@ -7,8 +7,8 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from small import batch, build
 
-from clipfix.functional.positives import Thresholds
 from clipfix.methods.fff import FFF
+from clipfix.parts.objective import Sigmoid
 
 NOTHING = {"image_text": 2.0, "supported": 2.0, "image_image": 2.0, "text_text": 2.0}
 DOUBLES = {"image_text": 2.0, "supported": -1.0, "image_image": 0.99999, "text_text": 2.0}  # pictures that are equal
@@ -16,7 +16,18 @@ DOUBLES = {"image_text": 2.0, "supported": -1.0, "image_image": 0.99999, "text_t
 
 @pytest.fixture
 def make(clip_folder, generator_folder):
-    return lambda **overrides: build("fff", clip_folder, generator_folder, **overrides)
+    return lambda *groups, **settings: build_fff(clip_folder, generator_folder, *groups, **settings)
+
+
+OF_MINING = ("reference", "thresholds", "compare", "same", "shuffled")
+OF_OBJECTIVE = ("mean_over", "start_bias", "tile")
+
+
+def build_fff(clip_folder: str, generator_folder: str, *groups: str, **settings) -> FFF:
+    """FFF with settings of its parts and its own, which have different names."""
+    parts = {"mining": OF_MINING, "objective": OF_OBJECTIVE}
+    nested = {part: {key: settings.pop(key) for key in keys if key in settings} for part, keys in parts.items()}
+    return build("fff", clip_folder, generator_folder, *groups, **nested, **settings)
 
 
 def doubled(rows: int) -> dict:
@@ -61,7 +72,7 @@ def test_sigmoid_is_the_papers_sum(make, mean_over):
 
 
 def test_softmax_spreads_over_the_same_positives(make):
-    method, inputs = make(thresholds=DOUBLES, objective="softmax"), doubled(6)
+    method, inputs = make("objective=softmax", thresholds=DOUBLES), doubled(6)
     image, text = features(method, inputs)
     logits = method.backbone.logit_scale.exp() * torch.einsum("id,jkd->ijk", image, text)
     same = ((torch.arange(6)[:, None] - torch.arange(6)) % 3 == 0)[..., None].expand_as(logits)
@@ -100,16 +111,13 @@ def test_raw_captions_can_be_left_out(make):
 
 def test_offset_starts_where_the_loss_is_least(make):
     method, inputs = make(thresholds=NOTHING), batch(8)
-    method.on_train_batch_start(inputs, 0)
-    best, start = total(method, inputs), method.bias.item()
+    method.start([inputs])
+    best, start = total(method, inputs), method.objective.bias.item()
     assert start < -1  # most entries are negatives
     for step in (-0.05, 0.05):
-        method.bias.data.fill_(start + step)
+        method.objective.bias.data.fill_(start + step)
         assert total(method, inputs) > best
-    method.batches_seen = 1
-    method.on_train_batch_start(inputs, 0)
-    assert method.bias.item() == pytest.approx(start + 0.05), "only before the first step"
-    assert make(start_bias=-4.0).bias.item() == -4.0
+    assert make(start_bias=-4.0).objective.bias.item() == -4.0
 
 
 def test_counts_become_cosines_of_the_reference(make):
@@ -117,8 +125,8 @@ def test_counts_become_cosines_of_the_reference(make):
     inputs = batch(20)
     for condition, asked in (("image_text", 0.5), ("image_image", 1.0), ("text_text", 2.0)):
         extra = {"image_text": 0.0, "supported": 19.0, "image_image": 0.0, "text_text": 0.0} | {condition: asked}
-        method = make(thresholds_are="extra", thresholds=extra)
-        method.on_train_batch_start(inputs, 0)
+        method = make("thresholds=counts", thresholds=extra)
+        method.start([inputs])
         total(method, inputs)
         found = {
             name: method.notes[f"positives/{name}_per_image"] for name in ("image_text", "image_image", "text_text")
@@ -132,7 +140,7 @@ def test_known_labels_are_positives_with_and_without_mining(make):
     """Equal labels join samples 0 and 3, 1 and 4, 2 and 5, and no reference is asked."""
     inputs = batch(6) | {"cluster": ["a", "b", "c"] * 2}
     alone = make(thresholds=None, same="cluster", start_bias=-3.0)
-    assert alone.reference is None
+    assert alone.mining.reference is None
     assert set(alone.needs.texts) == {"captions", "caption", "cluster"}
     image, text = features(alone, inputs)
     logits = alone.backbone.logit_scale.exp() * torch.einsum("id,jkd->ijk", image, text) - 3.0
@@ -149,13 +157,13 @@ def test_known_labels_are_positives_with_and_without_mining(make):
 def test_one_text_without_mining_under_softmax_is_plain_fine_tuning(make, clip_folder, generator_folder):
     """The control of all else: the very loss of method=finetune."""
     inputs, plain = batch(6), build("finetune", clip_folder, generator_folder)
-    control = make(objective="softmax", texts=["caption"], thresholds=None)
+    control = make("objective=softmax", texts=["caption"], thresholds=None)
     torch.testing.assert_close(total(control, inputs), total(plain, inputs))
 
 
 def test_features_of_the_shards_serve_as_well_as_the_reference(make):
     inputs, asked = doubled(6), make(thresholds=DOUBLES, start_bias=-3.0)
-    image, texts = asked.reference_features(inputs)
+    image, texts = asked.mining.reference_features(inputs)
     stored = {"image": image, **{name: several.flatten(0, 1) for name, several in texts.items()}}
     read = make(reference=None, thresholds=DOUBLES, start_bias=-3.0)
     assert torch.equal(total(read, inputs | {"features": stored}), total(asked, inputs))
@@ -171,50 +179,57 @@ def test_features_of_the_shards_serve_as_well_as_the_reference(make):
 def test_promotions_say_what_was_mined_and_why(make):
     """Samples 0 and 3 show the same picture: each is promoted to all three captions of the other, by its picture."""
     inputs, method = doubled(6), make(thresholds=DOUBLES)
-    found = method.promoted(inputs, at_most=100)
+    found = method.mining.promoted(inputs, at_most=100)
     assert {(p.image, p.sample) for p in found} == {(i, (i + 3) % 6) for i in range(6)}
     assert len(found) == 6 * 3
     first = found[0]
     assert (first.image, first.sample, first.caption, first.reasons) == (0, 3, inputs["captions"][6], ("image_image",))
     assert first.image_image == pytest.approx(1.0, abs=1e-5)
-    image, texts = method.reference_features(inputs)
+    image, texts = method.mining.reference_features(inputs)
     assert first.image_text == pytest.approx((image[0] @ texts["captions"][3, 0]).item(), abs=1e-5)
     assert found[2].caption == inputs["caption"][3]
-    few = method.promoted(inputs, at_most=5)
+    few = method.mining.promoted(inputs, at_most=5)
     assert len(few) == 5
     assert set(few) < set(found)
-    assert make(thresholds=None).promoted(inputs, at_most=100) == []
+    assert make(thresholds=None).mining.promoted(inputs, at_most=100) == []
 
 
 def test_shuffled_control_promotes_as_many_pairs_of_others(make):
     """Samples 0 and 3, 1 and 4, 2 and 5 are doubles; the control promotes the samples after them."""
     inputs = doubled(6) | {"cluster": ["c", "a", "b", "x", "a", "b"]}
     inputs["image"][5] = batch(6)["image"][5]  # so 2 and 5 are not
-    shuffled, known = make(thresholds=DOUBLES, control="shuffled"), make(thresholds=None, same="cluster")
-    shuffled.bias.data.fill_(-3.0)
-    known.bias.data.fill_(-3.0)
+    shuffled, known = make(thresholds=DOUBLES, shuffled=True), make(thresholds=None, same="cluster")
+    shuffled.objective.bias.data.fill_(-3.0)
+    known.objective.bias.data.fill_(-3.0)
     assert torch.equal(total(shuffled, inputs), total(known, inputs))
 
 
 def test_reference_stays_as_it_was(make):
     method = make().eval()
-    before = method.reference.encode_image(batch(2)["image"])
+    before = method.mining.reference.encode_image(batch(2)["image"])
     optimizer = method.configure_optimizers()["optimizer"]
     total(method, batch(4)).backward()
     optimizer.step()
-    assert torch.equal(method.reference.encode_image(batch(2)["image"]), before)
+    assert torch.equal(method.mining.reference.encode_image(batch(2)["image"]), before)
     assert not torch.equal(method.backbone.encode_image(batch(2)["image"]), before)
-    assert not any(name.startswith("reference") for name in method.trained_names())
+    assert not any("reference" in name for name in method.trained_names())
 
 
-def test_wrong_choices_are_named(make):
-    for wrong in ({"objective": "hinge"}, {"thresholds_are": "many"}, {"mean_over": "all"}, {"control": "off"}):
-        with pytest.raises(Exception, match=rf"method\.{next(iter(wrong))} is .*: choose"):
-            make(**wrong)
-    for wrong in ({"tile": 0}, {"texts": []}):
-        with pytest.raises(Exception, match=rf"method\.{next(iter(wrong))} is"):
-            make(**wrong)
-    assert Thresholds(**NOTHING) == (2.0, 2.0, 2.0, 2.0)
+@pytest.mark.parametrize(
+    ("construct", "key", "value"),
+    [
+        (lambda: Sigmoid("all", None, 256), "method.objective.mean_over", "all"),
+        (lambda: Sigmoid("images", None, 0), "method.objective.tile", "0"),
+    ],
+)
+def test_wrong_settings_of_parts_are_named_by_key_and_value(construct, key, value):
+    with pytest.raises(ValueError, match=rf"^{key} is {value}: ."):
+        construct()
+
+
+def test_no_text_is_refused(make):
+    with pytest.raises(Exception, match=r"method\.texts is empty"):
+        make(texts=[])
 
 
 # -- ranks: the double of a picture may lie on another one ------------------------------------------------------------
@@ -233,22 +248,29 @@ def worker(rank: int, clip_folder: str, generator_folder: str, folder: str) -> N
 
 
 def build_doubles(objective: str, clip_folder: str, generator_folder: str) -> FFF:
-    return build("fff", clip_folder, generator_folder, thresholds=DOUBLES, objective=objective)
+    return build_fff(clip_folder, generator_folder, f"objective={objective}", thresholds=DOUBLES)
 
 
 def one_step(rank: int, world: int, method: FFF) -> dict:
     inputs, rows = doubled(8), 8 // world
     part = {key: value[rank * rows * (len(value) // 8) :][: rows * (len(value) // 8)]
             for key, value in inputs.items() if key != "skipped"}  # fmt: skip
-    method.on_train_batch_start(part, 0)
-    start = method.bias.detach().clone()
-    method.bias.data -= 1  # away from its best, where its gradient is a rounding
+    method.start([part])
+    start = moved_from_best(method)
     step = torch.nn.parallel.DistributedDataParallel(Step(method))
     loss = step(part)
     loss.backward()
     dist.all_reduce(mean := loss.detach() / world)
     gradients = {name: p.grad for name, p in method.named_parameters() if p.requires_grad}
     return {"loss": mean, "bias": start, "notes": method.notes, "gradients": gradients}
+
+
+def moved_from_best(method: FFF) -> torch.Tensor:
+    """Where the offset started; it is moved away from its best, where its gradient is a rounding."""
+    bias = getattr(method.objective, "bias", torch.zeros(()))  # softmax has none
+    start = bias.detach().clone()
+    bias.data -= 1
+    return start
 
 
 class Step(torch.nn.Module):
@@ -264,9 +286,8 @@ def test_doubles_on_other_ranks_are_found(clip_folder, generator_folder, tmp_pat
     mp.start_processes(worker, (clip_folder, generator_folder, str(tmp_path)), nprocs=4, start_method="fork")
     for objective in ("sigmoid", "softmax"):
         alone, inputs = build_doubles(objective, clip_folder, generator_folder), doubled(8)
-        alone.on_train_batch_start(inputs, 0)
-        start = alone.bias.detach().clone()
-        alone.bias.data -= 1
+        alone.start([inputs])
+        start = moved_from_best(alone)
         loss = total(alone, inputs)
         loss.backward()
         assert alone.notes["positives/image_image_per_image"] == 1.0

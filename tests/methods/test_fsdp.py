@@ -5,6 +5,7 @@ Processes are forked, so that none imports anything anew.
 """
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,21 @@ ROWS, STEPS, ACCUMULATED = 8, 3, 2
 UNEVEN = ((4, 4, 3), (4, 1), (2,), (4, 4, 4, 3))  # rows of the validation batches of each rank
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in METHODS},
-    "diva, lora": ("diva", {"train": "lora", "lora": {"rank": 4, "alpha": 4}, "caption_weight": 1.0}),
+    "diva, lora": ("diva", {"groups": ["trainable=lora"], "trainable": {"rank": 4, "alpha": 4}, "caption_weight": 1.0}),
     "longclip, chunked": ("longclip", {"chunk": 2}),
 }
 # Adam's own eps lets gradients of nothing but rounding move a weight as far as real ones.
 OPTIMIZER = {"name": "AdamW", "lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1}
+FAST = ("longclip", "diva, lora")  # frozen rows, and adapters; the others differ by their loss, which test_ranks has
 RESUMED = {  # after the first step, by another strategy or number of ranks than wrote it
     "ddp -> fsdp": ("ddp", "fsdp", 2),
     "fsdp -> ddp": ("fsdp", "ddp", 2),
     "fsdp -> four": ("fsdp", "fsdp", 4),
     "fsdp -> one": ("fsdp", "auto", 1),
 }
+
+
+Run = tuple[str, str, str, int, dict[str, Any]]  # into which folder, the case, the strategy, ranks, settings of `fit`
 
 
 class Stream(IterableDataset):
@@ -91,7 +96,8 @@ def fit(
 ) -> None:  # fmt: skip
     """Leaves step=1.ckpt and so on, and the metrics of the last step."""
     name, own = SETTINGS[case]
-    method = build(name, clip, generator, **{"steps": STEPS, "optimizer": OPTIMIZER} | own)
+    settings = {"steps": STEPS, "optimizer": OPTIMIZER} | own
+    method = build(name, clip, generator, *settings.pop("groups", ()), **settings)
     each = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     trainer = L.Trainer(
         accelerator="cpu", devices=ranks, strategy=FSDP2() if kind == "fsdp" else kind,
@@ -116,20 +122,29 @@ def check_parts(method: Method, ranks: int) -> None:
     assert all(type(weight) is torch.nn.Parameter for weight in method.parameters() if not weight.requires_grad)
 
 
-def worker(rank: int, port: int, clip: str, generator: str, folder: Path) -> None:
-    torch.set_num_threads(1)
-    runs: list[tuple[str, str, str, int, dict[str, Any]]] = []
-    for case in SETTINGS:
-        runs += [(f"{case}-{kind}", case, kind, 2, {}) for kind in ("ddp", "fsdp")]
+def planned(folder: Path, slow: bool) -> tuple[list[Run], list[Run]]:
+    """Runs of one rank, and of two and four."""
+    cases = [case for case in SETTINGS if (case not in FAST) == slow]
+    alone: list[Run] = [(f"{case}-one", case, "auto", 1, {"seen_by": (0, 1)}) for case in cases]
+    runs: list[Run] = [(f"{case}-{kind}", case, kind, 2, {}) for case in cases for kind in ("ddp", "fsdp")]
     for name, (writer, reader, ranks) in RESUMED.items():
-        written = folder / f"longclip-{writer}" / "step=1.ckpt"
-        runs += [(name, "longclip", reader, ranks, {"resume": written})] if ranks > 1 else []
-    runs += [("spoiled", "finetune", "fsdp", 2, {"spoiled": 3}), ("four", "finetune", "ddp", 4, {})]
+        if ranks > 1 and (name != "ddp -> fsdp") == slow:
+            written = folder / f"longclip-{writer}" / "step=1.ckpt"
+            runs.append((name, "longclip", reader, ranks, {"resume": written}))
+    if not slow:
+        return alone, [*runs, ("spoiled", "finetune", "fsdp", 2, {"spoiled": 3})]
+    alone.append(("four-one", "finetune", "auto", 1, {"seen_by": (0, 1, 2, 3)}))
+    runs.append(("four", "finetune", "ddp", 4, {}))
     runs.append(("four, resumed", "finetune", "ddp", 4, {"resume": folder / "four" / "step=1.ckpt"}))
+    return alone, runs
+
+
+def worker(rank: int, port: int, clip: str, generator: str, folder: Path, slow: bool) -> None:
+    torch.set_num_threads(1)
+    alone, runs = planned(folder, slow)
     if rank == 3:  # has the least to do
-        for case in SETTINGS:
-            fit(case, clip, generator, folder / f"{case}-one", "auto", 0, 1, seen_by=(0, 1))
-        fit("finetune", clip, generator, folder / "four-one", "auto", 0, 1, seen_by=(0, 1, 2, 3))
+        for into, case, kind, ranks, settings in alone:
+            fit(case, clip, generator, folder / into, kind, 0, ranks, **settings)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
     for number, (into, case, kind, ranks, settings) in enumerate(runs):
         if rank < ranks:
@@ -139,13 +154,28 @@ def worker(rank: int, port: int, clip: str, generator: str, folder: Path) -> Non
 
 
 @pytest.fixture(scope="module")
-def together(clip_folder, generator_folder, tmp_path_factory) -> Path:
-    """The folders of all runs of several ranks, and of one rank beside each."""
+def fast(clip_folder, generator_folder, tmp_path_factory) -> Path:
+    """The folders of runs of several ranks, and of one rank beside each."""
     folder = tmp_path_factory.mktemp("fsdp")
-    mp.start_processes(
-        worker, (free_port(row=50), clip_folder, generator_folder, folder), nprocs=4, start_method="fork"
-    )
+    arguments = (free_port(row=50), clip_folder, generator_folder, folder, False)
+    mp.start_processes(worker, arguments, nprocs=4, start_method="fork")
     return folder
+
+
+@pytest.fixture(scope="module")
+def all_runs(fast, clip_folder, generator_folder) -> Path:
+    arguments = (free_port(row=50), clip_folder, generator_folder, fast, True)
+    mp.start_processes(worker, arguments, nprocs=4, start_method="fork")
+    return fast
+
+
+@pytest.fixture
+def together(request) -> Path:
+    return request.getfixturevalue("all_runs" if request.node.get_closest_marker("slow") else "fast")
+
+
+def slow_but_for(*fast: str, of: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name not in fast)) for name in of]
 
 
 def saved(folder: Path, step: int = STEPS) -> dict[str, Any]:
@@ -172,7 +202,7 @@ def assert_same(found: Any, expected: Any, where: str = "checkpoint") -> None:
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-@pytest.mark.parametrize("case", SETTINGS)
+@pytest.mark.parametrize("case", slow_but_for(*FAST, of=SETTINGS))
 def test_two_ranks_write_the_checkpoint_of_one(case, kind, together):
     """Moments, which are sums of gradients, included."""
     assert_same(saved(together / f"{case}-{kind}"), saved(together / f"{case}-one"))
@@ -180,7 +210,7 @@ def test_two_ranks_write_the_checkpoint_of_one(case, kind, together):
     assert two["train/loss"].item() == pytest.approx(one["train/loss"].item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("name", slow_but_for("ddp -> fsdp", "fsdp -> one", of=RESUMED))
 def test_resumed_by_another_strategy_or_number_of_ranks(name, together, clip_folder, generator_folder):
     writer, reader, ranks = RESUMED[name]
     if ranks == 1:
@@ -189,6 +219,7 @@ def test_resumed_by_another_strategy_or_number_of_ranks(name, together, clip_fol
     assert_same(saved(together / name), saved(together / "longclip-one"))
 
 
+@pytest.mark.slow
 def test_four_ranks_resume_to_the_same_bits(together):
     torch.testing.assert_close(saved(together / "four, resumed"), saved(together / "four"), rtol=0, atol=0)
 
@@ -215,14 +246,19 @@ def test_a_step_that_one_rank_spoils_is_passed_over_by_all(together):
     assert all(weight.isfinite().all() and not torch.equal(weight, second[name]) for name, weight in third.items())
 
 
-@pytest.mark.parametrize("run", ["finetune-ddp", "finetune-fsdp", "longclip-fsdp", "fff-fsdp", "four"])
+@pytest.mark.parametrize(
+    "run",
+    slow_but_for(
+        "longclip-ddp", "longclip-fsdp", of=["longclip-ddp", "longclip-fsdp", "finetune-fsdp", "fff-fsdp", "four"]
+    ),
+)
 def test_validation_scores_each_batch_whatever_rank_has_it(run, together):
     """Ranks with three batches and with two, the last ones short: the mean over images that one rank gives who has all.
 
     Only of methods without draws, which depend on the number of a batch on its rank.
     """
     one, ranks = (
-        torch.load(together / name / "metrics.pt")["val/loss"].item() for name in (f"{run.split('-')[0]}-one", run)
+        torch.load(together / name / "metrics.pt")["val/loss"].item() for name in (f"{run.partition('-')[0]}-one", run)
     )
     assert ranks == pytest.approx(one, rel=1e-5)
 

@@ -5,6 +5,8 @@ are never uneven: the stream of each rank has no end (tests/test_stream.py). Wit
 """
 
 from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,26 +23,30 @@ from clipfix.methods.base import Method
 from clipfix.models import diffusion
 
 ROWS, BATCHES, STEPS = 8, 2, 2
-WORLDS = ((2, "ddp"), (2, "fsdp"), (4, "ddp"))
+TWO = ((2, "ddp"), (2, "fsdp"))
 OPTIMIZER = {"name": "AdamW", "lr": 1e-2, "weight_decay": 0.1}
-CAPTIONS = {"projection_from": "captions", "projection_steps": 2, "patches": "none", "patch_amount": None}
-CASES: dict[str, tuple[str, int, dict]] = {  # the method, its optimizer step, and what its yaml does not say
-    **{name: (name, 0, {}) for name in METHODS},
-    "diva, contrastive": ("diva", 0, {"feedback": "contrastive", "control": "shuffled"}),
-    "diva, captions": ("diva", 0, CAPTIONS | {"null_text": "mean", "condition_tokens": 3}),
-    "diva, then images": ("diva", 2, CAPTIONS | {"null_text": "mean", "condition_tokens": 3}),
-}
+CAPTIONS = {"steps": 2, "tokens": 3}
+CASES: dict[str, tuple[str, int, tuple[str, ...], dict]] = {  # the method, its optimizer step, parts and settings
+    **{name: (name, 0, (), {}) for name in METHODS},
+    "diva, contrastive": (
+        "diva", 0, ("feedback=contrastive",),
+        {"shuffled": True, "feedback": {"negatives": 2, "crop_area": [0.5, 0.8], "crop_ratio": [1.0, 1.0]}},
+    ),
+    "diva, captions": ("diva", 0, ("condition=caption_space",), {"condition": CAPTIONS}),
+    "diva, then images": ("diva", 2, ("condition=caption_space",), {"condition": CAPTIONS}),
+}  # fmt: skip
+
+
+# Name, ranks and kind. More ranks than two show nothing of one loss that they do not show of another.
+RUNS = [(name, *world) for name in CASES for world in TWO] + [("diva, contrastive", 4, "ddp")]
+SLOW = [run for name in CASES if (run := (name, 4, "ddp")) not in RUNS]
 
 
 def build_case(case: str, clip_folder: str, generator_folder: str) -> Method:
-    name, step, settings = CASES[case]
-    if settings.get("feedback"):
-        settings = settings | {
-            "dcr": {"temperature": 0.1, "negatives": 2, "crop_area": [0.5, 0.8], "crop_ratio": [1.0, 1.0]}
-        }
-    method = build(name, clip_folder, generator_folder, optimizer=OPTIMIZER, **settings)
+    name, step, groups, settings = CASES[case]
+    method = build(name, clip_folder, generator_folder, *groups, optimizer=OPTIMIZER, **settings)
     if step:
-        torch.nn.init.normal_(method.visual_proj.weight, generator=torch.Generator().manual_seed(0))
+        torch.nn.init.normal_(method.condition.projection.weight, generator=torch.Generator().manual_seed(0))
         method._trainer = SimpleNamespace(global_step=step)  # what Lightning's global_step reads
     return method.double()
 
@@ -54,7 +60,7 @@ class Step(torch.nn.Module):
 
     def forward(self, inputs: dict, number: int) -> torch.Tensor:
         self.method.seed_draws(number)
-        return torch.stack(list(self.method.loss(inputs).values())).sum()
+        return torch.stack(list(self.method.terms(inputs).values())).sum()
 
 
 def rows(inputs: dict, start: int, stop: int) -> dict:
@@ -106,40 +112,55 @@ def accumulated(method: Method, rank: int, ranks: int, sharded: bool) -> dict[st
     return {"loss": total, "gradients": first, "moved": {name: after[name] - before[name] for name in before}}
 
 
-def worker(rank: int, clip_folder: str, generator_folder: str, folder: str) -> None:
+def worker(rank: int, clip_folder: str, generator_folder: str, folder: str, runs: list[tuple[str, int, str]]) -> None:
     # What methods compute in fp32 is computed in fp64 here, where the order of a sum shows in the last digits alone.
     torch.Tensor.float = torch.Tensor.double
     diffusion.DTYPES["fp32"] = torch.float64
     torch.set_num_threads(1)
-    for ranks in (1, *sorted({ranks for ranks, _ in WORLDS})):
-        if rank >= ranks:
+    alone = [(name, 1, "one") for name in dict.fromkeys(name for name, *_ in runs)]
+    for ranks in (1, 2, 4):
+        mine = [run for run in (*alone, *runs) if run[1] == ranks]
+        if rank >= ranks or not mine:
             continue
         if ranks > 1:
             store = f"file://{folder}/store{ranks}"
             dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
-        for kind in ("one",) if ranks == 1 else [kind for number, kind in WORLDS if number == ranks]:
-            for name in CASES:
-                method = build_case(name, clip_folder, generator_folder)
-                found = accumulated(method, rank, ranks, sharded=kind == "fsdp")
-                if rank == 0:
-                    torch.save(found, f"{folder}/{name}-{ranks}-{kind}.pt")
+        for name, _, kind in mine:
+            method = build_case(name, clip_folder, generator_folder)
+            found = accumulated(method, rank, ranks, sharded=kind == "fsdp")
+            if rank == 0:
+                torch.save(found, f"{folder}/{name}-{ranks}-{kind}.pt")
         if ranks > 1:
             dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def together(clip_folder, generator_folder, tmp_path_factory):
-    """(case, ranks, kind) -> loss, gradients and movements; four processes do them all, forked to import nothing."""
-    folder = tmp_path_factory.mktemp("ranks")
-    arguments = (clip_folder, generator_folder, str(folder))
-    mp.start_processes(worker, arguments, nprocs=4, start_method="fork")
-    return lambda name, ranks, kind: torch.load(folder / f"{name}-{ranks}-{kind}.pt", weights_only=True)
+    """(case, ranks, kind) -> loss, gradients and movements of one rank and of several.
+
+    Four processes do them all, forked to import nothing; the slow ones when the first of them is asked for.
+    """
+
+    @cache
+    def made(slow: bool) -> Path:
+        folder = tmp_path_factory.mktemp("ranks")
+        arguments = (clip_folder, generator_folder, str(folder), SLOW if slow else RUNS)
+        mp.start_processes(worker, arguments, nprocs=4, start_method="fork")
+        return folder
+
+    def found(name: str, ranks: int, kind: str) -> list[dict[str, Any]]:
+        folder = made((name, ranks, kind) in SLOW)
+        files = (f"{name}-1-one.pt", f"{name}-{ranks}-{kind}.pt")
+        return [torch.load(folder / file, weights_only=True) for file in files]
+
+    return found
 
 
-@pytest.mark.parametrize(("ranks", "kind"), WORLDS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "ranks", "kind"), [*RUNS, *(pytest.param(*run, marks=pytest.mark.slow) for run in SLOW)]
+)
 def test_ranks_equal_one(name, ranks, kind, together):
-    alone, shared = together(name, 1, "one"), together(name, ranks, kind)
+    alone, shared = together(name, ranks, kind)
     assert alone["loss"].dtype == torch.float64
     torch.testing.assert_close(shared["loss"], alone["loss"], rtol=1e-6, atol=0)
     for what in ("gradients", "moved"):

@@ -12,7 +12,7 @@ from PIL import Image
 from small import CONF, batch, build
 
 from clipfix.__main__ import main
-from clipfix.methods.fff import Promotion
+from clipfix.parts.mining import Promotion
 from clipfix.results.pictures import fff as promoted
 from clipfix.results.pictures.fff import Promoted, choose
 
@@ -35,7 +35,7 @@ def step(clip_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(promoted, "gallery", gallery)
 
     def run(callback: Promoted, number: int, thresholds: dict, **trainer) -> list:
-        method = build("fff", clip_folder, "no generator", thresholds=thresholds)
+        method = build("fff", clip_folder, "no generator", mining={"thresholds": thresholds})
         drawn.clear()
         told = SimpleNamespace(**{"global_step": number, "is_global_zero": True, "loggers": []} | trainer)
         callback.on_train_batch_end(told, method, None, inputs, 0)

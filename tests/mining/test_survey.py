@@ -16,30 +16,30 @@ from clipfix.__main__ import main
 from clipfix.annotate import survey
 from clipfix.data.module import ShardData
 from clipfix.data.needs import Needs
-from clipfix.functional.positives import Frozen, Thresholds, thresholds_for
+from clipfix.functional.positives import ReferenceFeatures, Thresholds, thresholds_for
 
-WANTED = "method.thresholds={image_text: 0.25, supported: 1.9, image_image: 0.9, text_text: 0.5}"
+WANTED = "method.mining.thresholds={image_text: 0.25, supported: 1.9, image_image: 0.9, text_text: 0.5}"
 
 
-def planted(pair: torch.Tensor) -> Frozen:
+def planted(pair: torch.Tensor) -> ReferenceFeatures:
     """S_it [n, n, k] is exactly as given; no two images and no two captions are alike."""
     images = torch.eye(len(pair))
-    return Frozen(images, pair.permute(1, 2, 0).contiguous(), images)
+    return ReferenceFeatures(images, pair.permute(1, 2, 0).contiguous(), images)
 
 
 @pytest.fixture
-def counted() -> Frozen:
+def counted() -> ReferenceFeatures:
     """Five samples of one caption: own ones at 0.5 ... 0.9, the others at 0.01 ... 0.20."""
     pair = torch.diag(torch.tensor([0.5, 0.6, 0.7, 0.8, 0.9]))
     pair[~torch.eye(5, dtype=torch.bool)] = torch.arange(1, 21) / 100
     return planted(pair[..., None])
 
 
-def random_frozen(samples: int, captions: int) -> Frozen:
+def random_frozen(samples: int, captions: int) -> ReferenceFeatures:
     draws = torch.Generator().manual_seed(0)
     image, text = torch.randn(samples, 6, generator=draws), torch.randn(samples, captions, 6, generator=draws)
     text = F.normalize(text + image[:, None], dim=-1)
-    return Frozen(F.normalize(image, dim=-1), text, text.mean(dim=1))
+    return ReferenceFeatures(F.normalize(image, dim=-1), text, text.mean(dim=1))
 
 
 def test_own_captions_and_others_are_kept_apart(counted):
@@ -81,7 +81,9 @@ def test_suggestion_asks_of_pairs_what_own_captions_give(counted):
 def test_a_perfect_reference_has_area_one_and_a_blind_one_that_of_chance():
     same = torch.arange(12) // 3
     image = F.one_hot(same).float()
-    frozen = Frozen(image, image[:, None].expand(-1, 2, -1), torch.eye(12))  # captions among themselves: all strangers
+    frozen = ReferenceFeatures(
+        image, image[:, None].expand(-1, 2, -1), torch.eye(12)
+    )  # captions among themselves: all strangers
     truth = survey.Truth(frozen, survey.spread(frozen), same)
     found = truth.judge({"configured": Thresholds(0.5, 2.0, 0.5, 0.5), "suggested": Thresholds(2.0, 2.0, -1.0, 2.0)})
     assert found["share"] == pytest.approx(2 / 11)
@@ -137,7 +139,7 @@ def command(tmp_path, monkeypatch, capsys):
 
 
 def test_what_is_suggested_promotes_that_many_when_pasted(command):
-    first, printed = command("method.thresholds_are=extra", WANTED, "method.same=thing")
+    first, printed = command("thresholds@method.mining.thresholds=counts", WANTED, "method.mining.same=thing")
     for name in ("thresholds", "precision_recall"):
         with Image.open(first["folder"] / f"{name}.png") as image:
             assert min(image.size) > 300
@@ -145,8 +147,10 @@ def test_what_is_suggested_promotes_that_many_when_pasted(command):
     assert first["configured"]["alone"]["supported"] == pytest.approx(1.9, abs=0.02)
     assert first["same"]["share"] == pytest.approx(1 / 47)
     assert first["same"]["image_image"]["area"] == pytest.approx(1)  # doubles have a cosine of 1, and nothing else has
-    pasted = [shlex.split(line) for line in printed.splitlines() if line.startswith("  method.thresholds_are=")]
-    assert [options[0].partition("=")[2] for options in pasted] == ["cosines", "extra"]
+    pasted = [
+        shlex.split(line) for line in printed.splitlines() if line.startswith("  thresholds@method.mining.thresholds=")
+    ]
+    assert [options[0].partition("=")[2] for options in pasted] == ["cosines", "counts"]
     for options in pasted:
         again, _ = command(*options)
         assert "same" not in again
@@ -157,9 +161,9 @@ def test_what_is_suggested_promotes_that_many_when_pasted(command):
     ("wrong", "words"),
     [
         (["method=finetune"], ["method=finetune", "method=fff"]),
-        (["method.thresholds=null"], ["method.thresholds is null"]),
+        (["method.mining.thresholds=null"], ["method.mining.thresholds is null"]),
         (["data.batch_size=1"], ["data.batch_size is 1"]),
-        (["method.same=cluster"], ["data.texts.cluster"]),
+        (["method.mining.same=cluster"], ["data.texts.cluster"]),
     ],
 )
 def test_mistakes_get_one_clear_error(wrong, words, command):

@@ -26,7 +26,7 @@ class Latents(Annotator):
 
     def __init__(self, output: str, batch_size: int, diffusion: Diffusion, backbone: Backbone) -> None:
         super().__init__(output, batch_size)
-        size = max(backbone.image_size, diffusion.image_size)  # DIVA.image_size; the backbone is asked nothing else
+        size = max(backbone.image_size, diffusion.image_size)  # as DIVA does; the backbone is needed for nothing else
         del diffusion.unet, diffusion.text_encoder
         self.diffusion, self.of = diffusion, diffusion.latents_of(size)
         self.prepare = partial(read, size)

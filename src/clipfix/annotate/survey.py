@@ -19,7 +19,7 @@ from torchmetrics.functional.classification import binary_precision, binary_reca
 
 from clipfix.annotate.survey_plots import CONDITIONS, CUTS, histograms, precision_recall, tell
 from clipfix.data.module import ShardData
-from clipfix.functional.positives import Frozen, Thresholds, mine, thresholds_for
+from clipfix.functional.positives import ReferenceFeatures, Thresholds, mine, thresholds_for
 from clipfix.methods.fff import FFF
 from clipfix.results.report import save
 
@@ -34,8 +34,11 @@ def survey(method: FFF, data: ShardData, folder: Path, samples: int, extra: floa
     which a sample counts 1 if all its captions are promoted. `extra` of them are suggested where the method's own
     thresholds do not say how many are wanted.
     """
-    if not method.mines:
-        raise ValueError("method.thresholds is null, so nothing is mined: run=thresholds needs any, as in conf/method.")
+    mining = method.mining
+    if not mining.active:
+        raise ValueError(
+            "method.mining.thresholds is null, so nothing is mined: run=thresholds needs some, as in conf/thresholds."
+        )
     among = data.batch_size
     if among < 2:
         raise ValueError(
@@ -43,8 +46,8 @@ def survey(method: FFF, data: ShardData, folder: Path, samples: int, extra: floa
         )
     frozen, same = collect(method, data, samples)
     cosines = spread(frozen)
-    asked = method.extra or Thresholds(extra / 3, among - 1, extra / 3, extra / 3)
-    configured = thresholds_for(frozen, method.extra, among) if method.extra else Thresholds(*method.bars.tolist())
+    asked = mining.counts or Thresholds(extra / 3, among - 1, extra / 3, extra / 3)
+    configured = thresholds_for(frozen, mining.counts, among) if mining.counts else Thresholds(*mining.cosines.tolist())
     choices = {"configured": configured, "suggested": suggest(cosines, asked, among)}
     found: dict[str, Any] = {
         "samples": len(frozen.image),
@@ -65,10 +68,10 @@ def survey(method: FFF, data: ShardData, folder: Path, samples: int, extra: floa
     tell(found, paths)
 
 
-def collect(method: FFF, data: ShardData, samples: int) -> tuple[Frozen, Tensor | None]:
-    """What the reference says of the first samples of the training stream, and their labels where `method.same` is set.
+def collect(method: FFF, data: ShardData, samples: int) -> tuple[ReferenceFeatures, Tensor | None]:
+    """Return the reference's features of the first training samples, and their labels if `method.mining.same` is set.
 
-    Each sample once: the stream is a chain of passes, and a second look at a picture would pass for its double.
+    Each sample comes once: the stream is a chain of passes, and a second copy of a picture would count as its double.
     """
     looks = []
     batches = math.ceil(samples / data.batch_size)
@@ -78,23 +81,23 @@ def collect(method: FFF, data: ShardData, samples: int) -> tuple[Frozen, Tensor 
             if batch["position"][1] > 0:
                 break
             batch = data.on_after_batch_transfer(method.transfer_batch_to_device(batch, method.device, 0), 0)
-            looks.append(method.look(batch, joined=False))
+            looks.append(method.mining.samples(batch, joined=False))
             bar.advance(task)
     if not looks:
         raise ValueError(
             f"data.train has fewer samples than a batch for each worker: lower data.batch_size ({data.batch_size}) "
             f"or data.workers ({data.workers})."
         )
-    features = [look.frozen for look in looks if look.frozen is not None]
-    frozen = Frozen(*(torch.cat(parts).cpu() for parts in zip(*features, strict=True))).rows(slice(samples))
-    labels = [look.same for look in looks if look.same is not None]
+    features = [look.features for look in looks if look.features is not None]
+    frozen = ReferenceFeatures(*(torch.cat(parts).cpu() for parts in zip(*features, strict=True))).rows(slice(samples))
+    labels = [look.labels for look in looks if look.labels is not None]
     return frozen, torch.cat(labels).cpu()[:samples] if labels else None
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
 
 
-def spread(frozen: Frozen) -> dict[str, np.ndarray]:
+def spread(frozen: ReferenceFeatures) -> dict[str, np.ndarray]:
     """Cosines of images with their own captions; then of any two samples: S_it, S_ii and S_tt."""
     own = torch.eye(len(frozen.image), dtype=torch.bool)
     pair = torch.einsum("id,jkd->ijk", frozen.image, frozen.text)
@@ -102,7 +105,7 @@ def spread(frozen: Frozen) -> dict[str, np.ndarray]:
         "own": pair[own].flatten().numpy(),
         "S_it": pair[~own].flatten().numpy(),
         "S_ii": (frozen.image @ frozen.image.T)[~own].numpy(),
-        "S_tt": (frozen.gist @ frozen.gist.T)[~own].numpy(),
+        "S_tt": (frozen.mean_text @ frozen.mean_text.T)[~own].numpy(),
     }
 
 
@@ -136,8 +139,10 @@ def suggest(cosines: Mapping[str, np.ndarray], asked: Thresholds, among: int) ->
     return Thresholds(*(math.floor(cosine * 1e4) / 1e4 for cosine in floored))
 
 
-def judge(frozen: Frozen, cosines: Mapping[str, np.ndarray], choice: Thresholds, among: int) -> dict[str, Any]:
-    """Positives an image of a batch: above each threshold alone (what `thresholds_are: extra` counts), and promoted."""
+def judge(
+    frozen: ReferenceFeatures, cosines: Mapping[str, np.ndarray], choice: Thresholds, among: int
+) -> dict[str, Any]:
+    """Positives an image of a batch: above each threshold alone (what `Counts` count), and promoted."""
     alone = {
         name: float((cosines[cut] > cosine).mean()) * (among - 1)
         for (name, cut), cosine in zip(CUTS.items(), choice, strict=True)
@@ -152,13 +157,13 @@ def judge(frozen: Frozen, cosines: Mapping[str, np.ndarray], choice: Thresholds,
 
 
 class Truth:
-    """Precision and recall against pairs that are known to show the same: equal strings of the text `method.same`.
+    """Precision and recall against pairs known to show the same: equal strings of the text `method.mining.same`.
 
     Entries are those that become positives: image i and caption c of another sample j for image_text and the whole
     rule, pairs of samples for the other two.
     """
 
-    def __init__(self, frozen: Frozen, cosines: Mapping[str, np.ndarray], same: Tensor) -> None:
+    def __init__(self, frozen: ReferenceFeatures, cosines: Mapping[str, np.ndarray], same: Tensor) -> None:
         self.frozen, captions = frozen, frozen.text.shape[1]
         self.others = ~torch.eye(len(same), dtype=torch.bool)
         pairs = (same[:, None] == same)[self.others]

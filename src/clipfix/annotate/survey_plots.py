@@ -20,8 +20,9 @@ CONDITIONS = {"image_text": AFTER, "image_image": RED, "text_text": GREEN}  # wh
 DOTS: dict[str, Any] = {"configured": {"markersize": 6}, "suggested": {"markersize": 12, "markerfacecolor": "none"}}
 PARTS = ("cosines", "alone", "promoted")
 RULE = (
-    "each condition alone promotes what is asked for (method.thresholds if they are counts, else survey.extra in all), "
-    "but image_text nothing below the median of own captions, and supported nothing below their lower quartile."
+    "each condition alone promotes what is asked for (method.mining.thresholds if they are counts, else survey.extra "
+    "in all), but image_text nothing below the median of own captions, and supported nothing below their lower "
+    "quartile."
 )
 
 
@@ -100,7 +101,7 @@ def tell(found: Mapping[str, Any], paths: list[Path]) -> None:
     console.print(shown)
     console.print(
         f"An image of a batch of {among}; 1 is a sample with all its captions. alone: above that cosine, which is what "
-        "thresholds_are=extra counts. promoted: by the rule, in which image_image and text_text ask for supported too.",
+        "thresholds=counts means. promoted: by the rule, in which image_image and text_text ask for supported too.",
         soft_wrap=True,
     )
 
@@ -116,9 +117,10 @@ def tell(found: Mapping[str, Any], paths: list[Path]) -> None:
         console.print(f"{100 * found['same']['share']:.3g} % of the pairs are known to be the same: chance precision.")
 
     console.print(f"\nSuggested: {RULE}\nAs cosines, or as counts:", soft_wrap=True)
-    for kind, part in (("cosines", "cosines"), ("extra", "alone")):
+    for kind, part in (("cosines", "cosines"), ("counts", "alone")):
         pasted = ", ".join(f"{name}: {value:.4g}" for name, value in found["suggested"][part].items())
-        console.print(f"  method.thresholds_are={kind} 'method.thresholds={{{pasted}}}'", soft_wrap=True, markup=False)
+        words = f"thresholds@method.mining.thresholds={kind} 'method.mining.thresholds={{{pasted}}}'"
+        console.print(f"  {words}", soft_wrap=True, markup=False)
     console.print("Written: " + ", ".join(str(path) for path in paths), soft_wrap=True, markup=False)
 
 

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from clipfix import PACKAGE
+from clipfix import CONF, PACKAGE
 from clipfix.cli.sweeps import ranges
 from clipfix.results import identity
 from clipfix.system import ranks
@@ -77,6 +77,14 @@ def same_run(config: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def recipe_or(group: str, recipe: str, default: str) -> str:
+    """Return the option of a group that is named after a recipe, <method>-<backbone>-<data>, or the default.
+
+    For defaults lists: a recipe sets values, but Hydra lets no file with an interpolated name choose an option.
+    """
+    return recipe if (CONF / group / f"{recipe}.yaml").is_file() else default
+
+
 def wandb_mode() -> str:
     """W&B goes online where somebody is logged in, and asks nobody anything elsewhere; WANDB_MODE has the last word."""
     import wandb
@@ -99,6 +107,7 @@ def jobs() -> int:
 def register() -> None:
     OmegaConf.register_new_resolver("package", lambda path: str(PACKAGE / path), replace=True)
     OmegaConf.register_new_resolver("run_folder", run_folder, use_cache=True, replace=True)
+    OmegaConf.register_new_resolver("recipe_or", recipe_or, replace=True)
     OmegaConf.register_new_resolver("nodes", ranks.nodes, replace=True)
     OmegaConf.register_new_resolver("devices", ranks.devices, replace=True)
     OmegaConf.register_new_resolver("wandb_mode", wandb_mode, use_cache=True, replace=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import get_class, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
@@ -162,7 +162,7 @@ def prepare(cfg: DictConfig, folder: Path) -> None:
 
 def thresholds(cfg: DictConfig, folder: Path) -> None:
     """What the frozen reference of a method that mines says of the data, and the thresholds that follow from it."""
-    if not hasattr(get_class(cfg.method._target_), "look"):
+    if "mining" not in cfg.method:
         raise ValueError(
             f"run=thresholds is for methods that mine positives. method={choice('method')} does not: try method=fff"
         )

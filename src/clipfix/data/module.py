@@ -19,7 +19,7 @@ from clipfix.data.decoding import in_unit_range
 from clipfix.data.needs import Needs
 from clipfix.data.shards import expand
 from clipfix.data.stored import check_latents
-from clipfix.data.stream import Progress, ShardStream, beginning, collate, quiet_worker
+from clipfix.data.stream import Decoder, Progress, ShardStream, beginning, collate, quiet_worker
 from clipfix.data.texts import Text, TextSettings
 from clipfix.system.ranks import rank_of
 
@@ -47,6 +47,7 @@ class ShardData(L.LightningDataModule):
         prepare: Callable[[], object] | None = None,
         features: str | None = None,
         latents: str | None = None,
+        augment: Callable[[Any], Any] | None = None,
     ) -> None:
         super().__init__()
         if absent := [name for name in needs.texts if not texts.get(name)]:
@@ -57,11 +58,16 @@ class ShardData(L.LightningDataModule):
             )
         if needs.features and features is None:
             raise ValueError(
-                "method.reference is null, so its features are read from the shards: write them by run=annotate "
+                "method.mining.reference is null, so its features are read from the shards: write them by run=annotate "
                 "annotator=features (data/README.md) and set data.features=features.npz, or name a reference."
             )
         if latents and needs.latents is None:
             raise ValueError("The method reads no stored latents: set data.latents=null.")
+        if augment is not None and (stored := features or latents):
+            raise ValueError(
+                f"data.augment changes the pictures of which {stored} was stored: set data.augment=null, or "
+                "data.features=null and data.latents=null."
+            )
         if prepare is not None and not callable(prepare):
             raise ValueError("data.prepare is to be called when training starts: set data.prepare._partial_=true.")
         self.train, self.selection, self.allow_pipe, self.prepare = train, selection, allow_pipe, prepare
@@ -74,7 +80,7 @@ class ShardData(L.LightningDataModule):
             if value < least:
                 raise ValueError(f"data.{key} is {value}: set {least} or more.")
         self.batch_size, self.workers, self.shuffle = batch_size, workers, shuffle
-        self.seed, self.needs, self.features = seed, needs, features
+        self.seed, self.needs, self.features, self.augment = seed, needs, features, augment
         self.latents, self.latents_of = latents, needs.latents() if latents and needs.latents else None
         self.progress = beginning(workers)
 
@@ -91,28 +97,17 @@ class ShardData(L.LightningDataModule):
             check_latents(self.train_shards, self.latents, self.latents_of)
 
     def train_dataloader(self) -> DataLoader:
-        return self._loader(self.train_shards, self.progress, self.features, self.latents)
+        return self._loader(self.train_shards, self.progress)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         return self._loader(self.selection_shards, None) if self.selection_shards else []
 
-    def _loader(
-        self, shards: list[str], progress: Progress | None, features: str | None = None, latents: str | None = None
-    ) -> DataLoader:
+    def _loader(self, shards: list[str], progress: Progress | None) -> DataLoader:
         rank, world = rank_of()
-        stream = ShardStream(
-            shards,
-            self.texts,
-            self.needs.image_size,
-            self.seed,
-            self.shuffle,
-            rank,
-            world,
-            progress,
-            features,
-            latents,
-            self.latents_of,
-        )
+        stored = {} if progress is None else {"features": self.features, "latents": self.latents}
+        augment = None if progress is None else self.augment
+        decoder = Decoder(self.texts, self.needs.image_size, self.seed, augment, **stored, latents_of=self.latents_of)
+        stream = ShardStream(shards, decoder, self.shuffle, rank, world, progress)
         return DataLoader(
             stream,
             batch_size=self.batch_size,

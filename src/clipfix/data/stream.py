@@ -8,11 +8,17 @@ import itertools
 import logging
 import os
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any, TypedDict
 
+import numpy as np
 import torch
 import webdataset as wds
+from lightning.pytorch.utilities.seed import isolate_rng
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 from torchvision.transforms import functional as tvf
@@ -51,30 +57,81 @@ def share(shards: list[str], consumer: int, consumers: int) -> Iterator[dict[str
     )
 
 
+@dataclass(frozen=True)
+class Decoder:
+    """Turns the bytes of a sample into what a batch holds.
+
+    Args:
+        texts: by name, which text of a sample goes into the batch.
+        image_size: side of the square image in pixels.
+        seed: of the run. Random choices follow from (seed, pass, key of the sample).
+        augment: a transform of the decoded picture (PIL), before it is resized and cropped; torchvision's, or another
+            that draws from the global generators of torch, numpy or Python.
+        features: member of the shards that holds stored features.
+        latents: member of the shards that holds stored latents.
+        latents_of: what these must be of (`Diffusion.latents_of`).
+    """
+
+    texts: Mapping[str, Text]
+    image_size: int
+    seed: int
+    augment: Callable[[Image.Image], Image.Image] | None = None
+    features: str | None = None
+    latents: str | None = None
+    latents_of: str | None = None
+
+    def __call__(self, raw: Mapping[str, Any], number: int) -> dict[str, Any]:
+        """Return a decoded sample of pass `number`; raise whatever broken bytes raise."""
+        sample = decode(raw)
+        texts = {
+            name: text.draw(sample, random.Random(f"{self.seed} {number} {sample['key']} {name}"))
+            for name, text in self.texts.items()
+        }
+        picture = sample["image"]
+        if self.augment is not None:
+            with seeded(f"{self.seed} {number} {sample['key']} augment"):
+                picture = self.augment(picture)
+        sample = {
+            "key": sample["key"],
+            "image": tvf.pil_to_tensor(cropped(picture, self.image_size)),
+            "texts": texts,
+        }
+        if self.features is not None:
+            sample["features"] = look_up(raw, self.features, self.texts, texts)
+        if self.latents is not None:
+            sample["latents"] = look_up_latent(raw, self.latents, self.latents_of)
+        return sample
+
+
+@contextmanager
+def seeded(text: str) -> Iterator[None]:
+    """Seed the global generators by a text; they come back as they were."""
+    number = int.from_bytes(blake2b(text.encode(), digest_size=4).digest())
+    with isolate_rng(include_cuda=False):
+        torch.random.default_generator.manual_seed(number)
+        np.random.seed(number)
+        random.seed(number)
+        yield
+
+
 class ShardStream(IterableDataset):
     """What one rank reads: endless shuffled passes from `progress` on, or one pass in stored order when it is None.
 
-    `progress` is read anew whenever iteration starts. The loader asks worker 0 first, so the worker whose turn it is
+    `progress` is read anew whenever iteration starts. The loader takes worker 0 first, so the worker whose turn it is
     takes that place: a resumed run sees the batches that the interrupted one would have seen.
     """
 
     def __init__(
         self,
         shards: list[str],
-        texts: Mapping[str, Text],
-        image_size: int,
-        seed: int,
+        decoder: Decoder,
         shuffle: int,
         rank: int,
         world: int,
         progress: Progress | None,
-        features: str | None = None,
-        latents: str | None = None,
-        latents_of: str | None = None,
     ) -> None:
-        self.shards, self.texts, self.image_size = shards, texts, image_size
-        self.seed, self.shuffle, self.rank, self.world, self.progress = seed, shuffle, rank, world, progress
-        self.features, self.latents, self.latents_of = features, latents, latents_of
+        self.shards, self.decoder, self.seed = shards, decoder, decoder.seed
+        self.shuffle, self.rank, self.world, self.progress = shuffle, rank, world, progress
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
@@ -88,7 +145,7 @@ class ShardStream(IterableDataset):
             raws = enumerate(self._raws(number, self.rank * workers + worker, consumers), start=1)
             for index, raw in itertools.islice(raws, taken, None):
                 try:
-                    sample = self._decode(raw, number)
+                    sample = self.decoder(raw, number)
                 except Exception as error:  # broken bytes raise anything
                     skipped += 1
                     log.debug("skipped %s in %s: %s", raw["__key__"], raw["__url__"], error)
@@ -120,7 +177,7 @@ class ShardStream(IterableDataset):
             faults = {shard: "it is empty"}
             for raw in itertools.islice(read_shard(shard, faults.__setitem__, again=0), most):
                 try:
-                    self._decode(raw, number=0)
+                    self.decoder(raw, number=0)
                     return
                 except Exception as error:  # of this sample
                     faults[shard] = error
@@ -140,23 +197,6 @@ class ShardStream(IterableDataset):
             return raws
         rng = random.Random(f"{self.seed} {number} {consumer}")
         return wds.shuffle(self.shuffle, initial=self.shuffle, rng=rng)(raws)
-
-    def _decode(self, raw: Mapping[str, Any], number: int) -> dict[str, Any]:
-        sample = decode(raw)
-        texts = {
-            name: text.draw(sample, random.Random(f"{self.seed} {number} {sample['key']} {name}"))
-            for name, text in self.texts.items()
-        }
-        sample = {
-            "key": sample["key"],
-            "image": tvf.pil_to_tensor(cropped(sample["image"], self.image_size)),
-            "texts": texts,
-        }
-        if self.features is not None:
-            sample["features"] = look_up(raw, self.features, self.texts, texts)
-        if self.latents is not None:
-            sample["latents"] = look_up_latent(raw, self.latents, self.latents_of)
-        return sample
 
 
 def collate(batch: list[dict[str, Any]], encode: tuple[Encode, ...] = ()) -> dict[str, Any]:

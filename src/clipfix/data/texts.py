@@ -76,3 +76,9 @@ def other_sentences(text: str, rng: random.Random) -> str:
     if not others:
         return text
     return ". ".join(rng.sample(others, rng.randint(1, len(others)))).strip()
+
+
+def by_sample(batch: Mapping[str, Any], name: str) -> list[list[str]]:
+    """Return the texts of that name in a collated batch, those of each sample in a list of their own."""
+    each = len(batch[name]) // len(batch["image"])
+    return [batch[name][start : start + each] for start in range(0, len(batch[name]), each)]

@@ -1,9 +1,9 @@
 """Training a generator: the noise-prediction error of a latent diffusion model on captioned pictures."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from jaxtyping import Float, Int
@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipfix.data.needs import Needs
+from clipfix.data.texts import by_sample
 from clipfix.functional.denoising import denoising_loss
-from clipfix.methods.base import Method, by_sample
+from clipfix.methods.base import Method
 from clipfix.models.clip import Backbone
 from clipfix.models.diffusion import Diffusion
+from clipfix.training.phases import Training
 
 
 class Denoise(Method):
@@ -37,11 +39,9 @@ class Denoise(Method):
         text_dropout: float,
         compiled: bool,
         check_timesteps: list[int],
-        optimizer: dict[str, Any],
-        steps: int,
-        warmup_steps: int,
+        **training: Unpack[Training],
     ):
-        super().__init__(backbone, optimizer, steps, warmup_steps)
+        super().__init__(backbone, **training)
         self.diffusion = diffusion
         self.fit_autoencoder = fit_autoencoder
         self.text_dropout = text_dropout
@@ -61,16 +61,17 @@ class Denoise(Method):
         fitted = {f"diffusion.vae.{name}" for name, _ in self.diffusion.vae.named_parameters()}
         return super().trained_names() | (fitted if self.fit_autoencoder else set())
 
-    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
-        if self.fit_autoencoder and self.batches_seen == 0:
-            self.diffusion.vae.fit(2 * self.gather(batch["image"]) - 1)
+    def start(self, batches: Iterable[dict[str, Any]]) -> None:
+        if self.fit_autoencoder:
+            images = self.ranks.gather(next(iter(batches))["image"])
+            self.diffusion.vae.fit(2 * images - 1)
 
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         latents = batch["latents"] if "latents" in batch else self.diffusion.encode(batch["image"])
-        dropped = self.draw(torch.rand, rows=len(latents)) < self.text_dropout
+        dropped = self.ranks.sample(torch.rand, rows=len(latents)) < self.text_dropout
         prompts = torch.where(dropped[:, None], self.no_prompt, self.prompts(batch))
-        noise = self.draw(torch.randn, rows=len(latents), shape=latents.shape[1:])
-        timesteps = self.draw(torch.randint, 0, self.diffusion.num_timesteps, rows=len(latents))
+        noise = self.ranks.sample(torch.randn, rows=len(latents), shape=latents.shape[1:])
+        timesteps = self.ranks.sample(torch.randint, 0, self.diffusion.num_timesteps, rows=len(latents))
         # On a CPU, fused attention takes many times as long as plain products in the backward pass of bf16.
         with sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext():
             return {"denoising": self.error(latents, noise, timesteps, self.diffusion.encode_text(prompts))}
@@ -79,7 +80,7 @@ class Denoise(Method):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self.seed_draws(batch_idx)
         latents = self.diffusion.encode(batch["image"])
-        noise = self.draw(torch.randn, rows=len(latents), shape=latents.shape[1:])
+        noise = self.ranks.sample(torch.randn, rows=len(latents), shape=latents.shape[1:])
         right = self.diffusion.encode_text(self.prompts(batch))
         null = self.diffusion.condition([""]).expand_as(right)
         conditions = {"right": right, "null": null, "shuffled": right.roll(1, dims=0)}

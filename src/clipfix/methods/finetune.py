@@ -1,12 +1,13 @@
 """Plain CLIP fine-tuning: the control every repair is measured against, and the template to copy."""
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from clipfix.methods.base import Method
 from clipfix.models.clip import Backbone
+from clipfix.training.phases import Training
 
 PARTS = ("visual", "text", "logit_scale")
 
@@ -24,11 +25,9 @@ class Finetune(Method):
         backbone: Backbone,
         train: list[str],
         label_smoothing: float,
-        optimizer: dict[str, Any],
-        steps: int,
-        warmup_steps: int,
+        **training: Unpack[Training],
     ):
-        super().__init__(backbone, optimizer, steps, warmup_steps)
+        super().__init__(backbone, **training)
         if not train or not set(train) <= set(PARTS):
             raise ValueError(f"method.train is {list(train)}: name at least one of {', '.join(PARTS)}.")
         self.needs = self.clip_needs("caption")

@@ -1,7 +1,7 @@
 """Long-CLIP: a text tower that reads on where CLIP's stops, and keeps what it knew (arXiv 2403.15378)."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from clipfix.functional.components import principal_reconstruction
 from clipfix.methods.base import Method, check_choice
 from clipfix.models.clip import Backbone
+from clipfix.training.phases import Training
 
 
 def prefix_padded(tokens: Int[Tensor, "b l"], share: Float[Tensor, " b"]) -> Int[Tensor, "b l"]:
@@ -45,6 +46,8 @@ class LongCLIP(Method):
     for both captions over real tokens; the temperature stays below 100 as in all methods here.
     """
 
+    memory: ClassVar[tuple[str, ...]] = ("method.chunk",)
+
     def __init__(
         self,
         backbone: Backbone,
@@ -57,11 +60,9 @@ class LongCLIP(Method):
         label_smoothing: float,
         start_scale: float | None,
         chunk: int | None,
-        optimizer: dict[str, Any],
-        steps: int,
-        warmup_steps: int,
+        **training: Unpack[Training],
     ):
-        super().__init__(backbone, optimizer, steps, warmup_steps)
+        super().__init__(backbone, **training)
         check_choice("components_over", components_over, "batch", "rank")
         if components is not None and components < 1:
             raise ValueError(f"method.components is {components}: keep 1 or more, or null for images as they are.")
@@ -72,7 +73,7 @@ class LongCLIP(Method):
         self.label_smoothing, self.chunk = label_smoothing, chunk
         backbone.stretch(keep_tokens, ratio)
         backbone.requires_grad_(True)
-        self.freeze_rows(backbone.text.get_parameter("positional_embedding"), keep_tokens if ratio > 1 else 0)
+        self.frozen_rows.freeze(backbone.text.get_parameter("positional_embedding"), keep_tokens if ratio > 1 else 0)
         self.needs = self.clip_needs(*(("long", "caption") if short_weight else ("long",)), count_cut=True)
         if start_scale is not None:
             backbone.logit_scale.data.fill_(start_scale).log_()
@@ -84,7 +85,7 @@ class LongCLIP(Method):
         for name, share in batch.get("cut", {}).items():
             self.note(f"data/{'short' if name == 'caption' else name}_cut", share)
         if self.prefix_padding and "short" in tokens:
-            tokens["short"] = prefix_padded(tokens["short"], self.draw(torch.rand, rows=len(tokens["short"])))
+            tokens["short"] = prefix_padded(tokens["short"], self.ranks.sample(torch.rand, rows=len(tokens["short"])))
 
         image = self.features(self.backbone.encode_image, batch["image"])
         text = self.features(self.backbone.encode_text, torch.cat(list(tokens.values())))
@@ -108,5 +109,5 @@ class LongCLIP(Method):
             return image
         if self.components_over == "rank":
             return principal_reconstruction(image, self.components)
-        joined = principal_reconstruction(self.gather(image), self.components)
-        return joined[self.rank * len(image) :][: len(image)]
+        joined = principal_reconstruction(self.ranks.gather(image), self.components)
+        return joined[self.ranks.rank * len(image) :][: len(image)]

@@ -1,6 +1,4 @@
-"""Which weights of a visual tower train: all of it, a named part, or low-rank adapters beside it (LoRA)."""
-
-from typing import Any
+"""Low-rank adapters beside the linear layers of a tower (LoRA), and how they are merged into its weights."""
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -11,54 +9,21 @@ from torch import Tensor, nn
 ADAPTER = "default"  # peft's own name for the only adapter of a model
 
 
-def trained_parts(visual: Any, train: str, blocks: int | None, lora: dict[str, Any]) -> list[nn.Module | nn.Parameter]:
-    """The whole tower; its layer norms; its last blocks with the final norm and projection; or adapters put into it."""
-    if blocks is not None and train != "blocks":
-        raise ValueError(f"method.train_blocks is {blocks}, but method.train is {train}: set method.train=blocks.")
-    if train == "visual":
-        return [visual]
-    if train == "norms":
-        return [module for module in visual.modules() if isinstance(module, nn.LayerNorm)]
-    if train == "lora":
-        return list(add_lora(visual, lora))
-    layers = getattr(getattr(visual, "transformer", None), "resblocks", None)
-    if layers is None:
-        raise ValueError(
-            "method.train=blocks is for the vision transformers of open_clip's own (ViT-L-14-quickgelu, "
-            f"ViT-H-14-quickgelu, ...), not for {type(visual).__name__}: choose method.train=visual, norms or lora."
-        )
-    if blocks is None or not 1 <= blocks <= len(layers):
-        raise ValueError(f"method.train_blocks is {blocks}: train the last 1 to {len(layers)} blocks of this tower.")
-    return [*layers[-blocks:], visual.ln_post, visual.proj]
+def add_lora(visual: nn.Module, rank: int, alpha: int) -> list[nn.Parameter]:
+    """Put adapters beside every linear layer of a tower, in place: W + alpha / rank * B A. Return A and B of each.
 
-
-# -- LoRA --------------------------------------------------------------------------------------------------------------
-
-
-def add_lora(visual: nn.Module, lora: dict[str, Any]) -> list[nn.Parameter]:
-    """Adapters beside every linear layer of the tower, in place: W + alpha / rank * B A, of which A and B train.
-
-    B starts at zero, so the tower says what it said before.
+    B starts at zero, so the tower computes what it computed before.
 
     Source: LoRA (arXiv 2106.09685), equation 3, by the library peft.
     Departs: query, key and value, one matrix in open_clip and timm, share one adapter of that rank; the paper, on
     towers that keep them apart, gives each its own. Convolutions and what is no layer (open_clip's last projection to
     the joint space) have none.
     """
-    rank, alpha = lora.get("rank"), lora.get("alpha")
-    numbers = isinstance(rank, int) and isinstance(alpha, int | float) and rank > 0 and alpha > 0
-    if not numbers or lora.keys() != {"rank", "alpha"}:
-        raise ValueError(
-            f"method.lora is {lora}: give rank, a whole number from 1, and alpha, above 0, and nothing else, as in "
-            "'method.lora={rank: 16, alpha: 16}'."
-        )
     for name, module in list(visual.named_modules()):
         if isinstance(module, nn.MultiheadAttention):
             visual.set_submodule(name, LinearAttention(module))
     linear = [name for name, module in visual.named_modules() if isinstance(module, nn.Linear)]
-    inject_adapter_in_model(
-        LoraConfig(r=lora["rank"], lora_alpha=lora["alpha"], target_modules=linear), visual, ADAPTER
-    )
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=linear), visual, ADAPTER)
     return [parameter for name, parameter in visual.named_parameters() if ".lora_" in name]
 
 

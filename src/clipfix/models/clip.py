@@ -6,7 +6,7 @@ pretrained.py finds.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from hashlib import sha256
@@ -26,10 +26,12 @@ from torch.nn import functional as F
 
 from clipfix.functional.positions import stretch
 from clipfix.models.attention import SelfAttention
+from clipfix.models.base import Model
 from clipfix.models.packed_text import encode_packed, install
 from clipfix.models.pretrained import (
     CONFIG_FILE,
     WEIGHT_FILES,
+    assign,
     build,
     describe,
     fill,
@@ -42,7 +44,7 @@ from clipfix.models.tokenizer import Tokens
 from clipfix.system.files import whole
 
 
-class Backbone(nn.Module):
+class Backbone(Model):
     """A CLIP: two towers, one temperature, one tokenizer.
 
     `name` is an open_clip architecture (`ViT-L-14-quickgelu`), a folder of open_clip or transformers (`CLIPModel`,
@@ -52,7 +54,8 @@ class Backbone(nn.Module):
     is a method's work (Long-CLIP), never a side effect of loading. `text_from` is a folder whose text tower and
     temperature replace this model's own. `compiled` hands the blocks of both towers to torch.compile: a minute at the
     start, then faster steps on a GPU (benchmarks/RESULTS.md). It needs a C++ compiler; passes without gradients, few
-    and of other sizes, run as they are.
+    and of other sizes, run as they are. `checkpointing` keeps the activations at block borders alone and computes the
+    others a second time in the backward pass.
     """
 
     mean: Tensor
@@ -65,6 +68,7 @@ class Backbone(nn.Module):
         context_length: int | None = None,
         text_from: str | None = None,
         compiled: bool = False,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.name = name
@@ -97,6 +101,10 @@ class Backbone(nn.Module):
             install(_blocks(self.text), compiled=False)
         if compiled:
             self.compile_blocks()
+        if checkpointing:
+            towers: list[Any] = [self.visual, self.text]
+            for tower in towers:
+                tower.set_grad_checkpointing()
 
     def compile_blocks(self) -> None:
         """Hand the blocks of both towers to torch.compile, for passes with gradients.
@@ -158,11 +166,6 @@ class Backbone(nn.Module):
         text.context_length = text.num_pos = self.config["text_cfg"]["context_length"] = len(table)
         if text.attn_mask is not None:
             text.attn_mask = text.build_causal_mask().to(table.device)
-
-    def checkpoint_visual(self) -> None:
-        """Keep activations at block borders alone; the backward pass computes the visual tower's others once more."""
-        visual: Any = self.visual
-        visual.set_grad_checkpointing()
 
     def encode_image(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """Pictures in [0, 1] to the joint space, not normalized."""
@@ -242,6 +245,26 @@ class Backbone(nn.Module):
     def tokens(self) -> Tokens:
         """The tokenizer at the present context length, apart from the model: a loader's worker can hold it."""
         return Tokens(self.tokenizer, self.context_length)
+
+    def load_trained(self, state: Mapping[str, Tensor]) -> None:
+        """Load the weights named `backbone.*` on top of the present ones.
+
+        A position table of another length, as Long-CLIP's, changes the context length.
+        """
+        prefix = "backbone."
+        weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        positions, own = (
+            weights.get("model.text.positional_embedding"),
+            getattr(self.text, "positional_embedding", None),
+        )
+        if positions is not None and own is not None and positions.shape[1:] == own.shape[1:]:
+            self.set_positions(positions)
+        try:
+            unexpected = assign(self, weights, strict=False)
+        except RuntimeError as error:
+            raise ValueError(str(error).splitlines()[1].strip()) from error
+        if unexpected:
+            raise ValueError(f"{unexpected[0]} is not in this one.")
 
     def as_open_clip(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The weights under the names that open_clip builds from `open_clip_config.json`, and that file's content."""

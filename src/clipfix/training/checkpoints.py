@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from clipfix.models.base import Model
 from clipfix.system.files import whole
 
 # -- written -----------------------------------------------------------------------------------------------------------
@@ -101,7 +102,7 @@ def read_checkpoint(checkpoint: str, key: str = "checkpoint") -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError):
         saved = {}
     state = saved.get("state_dict", {})
-    if "batches_seen" not in saved and not any(key.startswith("backbone.") for key in state):
+    if "batches_seen" not in saved and not any(name.startswith(("backbone.", "model.")) for name in state):
         raise ValueError(
             f"{key}={checkpoint} is none of clipfix: give the weights of a whole model (DIVA's, Long-CLIP's, "
             "OpenAI's, open_clip's) as backbone.pretrained=/path/to/file, a folder as backbone.name=/path/to/folder."
@@ -109,24 +110,13 @@ def read_checkpoint(checkpoint: str, key: str = "checkpoint") -> dict[str, Any]:
     return saved
 
 
-def load_repair(backbone: Any, checkpoint: str) -> dict[str, Any]:
-    """The backbone's trained weights from a checkpoint of `fit`, on top of those it was built with; gives the file."""
-    from clipfix.models.pretrained import assign
-
+def load_repair(model: Model, checkpoint: str) -> dict[str, Any]:
+    """Load what a checkpoint of `fit` trained into a model with pretrained weights; return the checkpoint."""
     saved = read_checkpoint(checkpoint)
-    state = saved["state_dict"]
-    prefix = "backbone."
-    weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    positions = weights.get("model.text.positional_embedding")
-    if positions is not None and positions.shape[1:] == backbone.text.positional_embedding.shape[1:]:
-        backbone.set_positions(positions)  # Long-CLIP's table is longer than that of the backbone it came from
     try:
-        unexpected = assign(backbone, weights, strict=False)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()
-        raise ValueError(f"{checkpoint} was trained on another backbone: {first}") from error
-    if unexpected:
-        raise ValueError(f"{checkpoint} was trained on another backbone: {unexpected[0]} is not in this one.")
+        model.load_trained(saved["state_dict"])
+    except ValueError as error:
+        raise ValueError(f"{checkpoint} was trained on another backbone: {error}") from error
     return saved
 
 

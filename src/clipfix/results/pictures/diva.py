@@ -1,12 +1,15 @@
-"""What the generator draws from the condition of each picture, before and after training."""
+"""What DIVA's generator makes of the conditions: images drawn from them, and its errors under them."""
 
+import copy
 from collections.abc import Sequence
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
@@ -15,18 +18,62 @@ from clipfix.data.decoding import samples, square
 from clipfix.evals.embed import BATCH
 from clipfix.evals.features import still
 from clipfix.evals.plots import Cell, gallery
+from clipfix.functional.anchors import feature_drift
 from clipfix.methods.diva import DIVA
 from clipfix.results.report import show
 from clipfix.training.sharding import unsharded
 
 
-class Reconstructions(L.Callback):
-    """`reconstructions.png` in the run folder, and W&B: what the generator makes of what it is told of each picture.
+class Watch(L.Callback):
+    """Logs the generator's error under different conditions, and how far the visual tower has moved.
 
-    Row by row the first pictures of the selection split, unpicked; what was drawn from their conditions before
-    training, when the projection was random; and what is drawn now: after each validation, and at the end. The same
-    pictures, patches and noise every time, so that columns differ by the trained weights alone. Nothing is drawn where
-    no condition is trained (`method.control=off`) or there is no selection split.
+    `denoising/right`, `denoising/shuffled` and `denoising/null` are the errors under each image's own condition, that
+    of another image, and that of no text, with the noise and timesteps of the step that follows. `drift/features` is 1
+    - cosine of image features and those of the pretrained tower. Training is the same with and without it.
+
+    Args:
+        every_n_batches: how often; the logger shows the last values in between.
+    """
+
+    def __init__(self, every_n_batches: int) -> None:
+        if every_n_batches < 1:
+            raise ValueError(f"callbacks.watch.every_n_batches is {every_n_batches}: set it to 1 or more.")
+        self.every_n_batches = every_n_batches
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Copy the pretrained tower, before weights are resumed or sharded."""
+        backbone: Any = pl_module.backbone
+        self.original = copy.deepcopy(backbone, {id(backbone.text): backbone.text}).requires_grad_(False)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, DIVA)
+        if pl_module.batches_seen % self.every_n_batches:
+            return
+        self.original.to(pl_module.device).visual.eval()
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(trainer.precision_plugin.train_step_context())
+            stack.enter_context(unsharded(pl_module))
+            if pl_module.feedback is not None:
+                pl_module.seed_draws(pl_module.batches_seen)
+                for name, error in pl_module.denoising_errors(batch).items():
+                    pl_module.note(f"denoising/{name}", error)
+            image, original = (
+                F.normalize(clip.encode_image(batch["image"]).float(), dim=-1)
+                for clip in (pl_module.backbone, self.original)
+            )
+            pl_module.note("drift/features", feature_drift(image, original))
+
+
+class Reconstructions(L.Callback):
+    """Writes `reconstructions.png` in the run folder, and to W&B: images generated from the condition of each picture.
+
+    Its rows: the first pictures of the selection split; images generated from their conditions before training, when
+    the projection was random; and images generated now, after each validation and at the end. Pictures, patches and
+    noise are the same every time, so that columns differ by the trained weights alone. Nothing is drawn without
+    feedback (`method.feedback=null`) or without a selection split.
     """
 
     def __init__(
@@ -46,20 +93,20 @@ class Reconstructions(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         with unsharded(pl_module):
-            self.draw(trainer, pl_module)
+            self.render(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.draw(trainer, pl_module)
+        self.render(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         with unsharded(pl_module):
-            self.draw(trainer, pl_module)
+            self.render(trainer, pl_module)
 
-    def draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The picture of this step, once, by the first rank alone: nothing is asked of others."""
+    def render(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw the picture of this step, once, on the first rank alone; no other rank is needed."""
         assert isinstance(pl_module, DIVA)
         step = trainer.global_step
-        idle = not self.shards or pl_module.control == "off"
+        idle = not self.shards or pl_module.feedback is None
         if idle or step == self.drawn_at or not trainer.is_global_zero:
             return
         self.drawn_at = step
@@ -74,15 +121,18 @@ class Reconstructions(L.Callback):
         show("reconstructions/grid", self.path, trainer.loggers)
 
     def reconstruct(self, method: DIVA, pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 s s"]:
-        """The first drawn, from noise and what the method tells of each; the others give the mean that it may take."""
+        """Return images generated from the conditions of the first `count` pictures.
+
+        The other pictures only enter the batch mean, which a condition may subtract.
+        """
         method.seed_draws(0)  # each training step seeds them anew
-        condition = method.condition(*method.backbone.visual_tokens(pictures.type_as(method.visual_proj.weight)))
-        condition = condition[: self.count]
+        pictures = pictures.type_as(method.condition.projection.weight)
+        condition = method.condition(*method.backbone.visual_tokens(pictures))[: self.count]
         noise = torch.Generator().manual_seed(0)
-        return method.diffusion.sample(condition, method.null, self.steps, self.guidance, noise).cpu()
+        return method.diffusion.sample(condition, method.condition.null, self.steps, self.guidance, noise).cpu()
 
     def state_dict(self) -> dict[str, Any]:
-        """What was drawn before training: a resumed run could not draw it again."""
+        """Return what was drawn before training: a resumed run could not draw it again."""
         return {"before": None if self.before is None else (255 * self.before).round().byte()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -11,7 +11,8 @@ import lightning as L
 from torchvision.transforms.functional import to_pil_image
 
 from clipfix.evals.plots import Cell, gallery
-from clipfix.methods.fff import FFF, Promotion
+from clipfix.methods.fff import FFF
+from clipfix.parts.mining import Promotion
 from clipfix.results.report import show
 
 log = logging.getLogger(__name__)
@@ -39,10 +40,12 @@ class Promoted(L.Callback):
             return
         self.due = (trainer.global_step // self.every_n_steps + 1) * self.every_n_steps
         assert isinstance(pl_module, FFF)
-        found = pl_module.promoted(batch, at_most=FOUND)
+        found = pl_module.mining.promoted(batch, at_most=FOUND)
         if not found:
-            if not self.told and pl_module.mines:
-                log.warning("no pair of this batch was promoted: lower method.thresholds; run=thresholds says how far")
+            if not self.told and pl_module.mining.active:
+                log.warning(
+                    "no pair of this batch was promoted: lower method.mining.thresholds; run=thresholds says how far"
+                )
             self.told = True
             return
         cells = []

@@ -14,7 +14,7 @@ from shards import encoded, picture
 from clipfix.data.module import ShardData
 from clipfix.data.needs import Needs
 from clipfix.data.shards import expand
-from clipfix.data.stream import ShardStream, beginning
+from clipfix.data.stream import Decoder, ShardStream, beginning
 from clipfix.data.texts import Text
 
 CAPTION = {"caption": {"key": "txt", "pick": "one"}}
@@ -32,7 +32,7 @@ def stream(folder: Path, shuffle: int = 8, seed: int = 0, endless: bool = True, 
     texts = {name: Text(**text) for name, text in CAPTION.items()}
     progress = beginning(workers=place.pop("workers", 1)) if endless else None
     place = {"rank": 0, "world": 1, **place}
-    return ShardStream(expand(str(folder)), texts, 16, seed=seed, shuffle=shuffle, progress=progress, **place)
+    return ShardStream(expand(str(folder)), Decoder(texts, 16, seed), shuffle=shuffle, progress=progress, **place)
 
 
 def passes(source: ShardStream, count: int) -> list[list[str]]:

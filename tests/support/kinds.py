@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from architectures import CLIP, architecture
 from PIL import Image
-from test_backbone import CLIP, architecture
 from timm.models import register_model
 from timm.models.vision_transformer import _create_vision_transformer
 from tokenizers import Tokenizer
@@ -18,6 +18,8 @@ from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from clipfix.export import TARGETS
+from clipfix.export.folder import write
 from clipfix.models.clip import Backbone
 
 TEXTS = ["A red circle", "", "It’s two dogs &amp; a “blue” square above them", "a word " * 300]
@@ -107,3 +109,17 @@ def equal(theirs: torch.Tensor, ours: torch.Tensor) -> None:
 
 def content(path: Path) -> Any:
     return json.loads(path.read_text())
+
+
+def exported(backbone, target: str, folder: Path) -> Path:
+    write(TARGETS[target](backbone), folder / target, torch.float32)
+    return folder / target
+
+
+def loaded(model_class, folder: Path, subfolder: str = "", extra: tuple[str, ...] = ()):
+    """By transformers, which only warns of weights that it does not find."""
+    model, told = model_class.from_pretrained(folder, subfolder=subfolder, output_loading_info=True)
+    assert not told["missing_keys"]
+    assert not told["mismatched_keys"]
+    assert not [key for key in told["unexpected_keys"] if not key.startswith(extra)]
+    return model.eval()

@@ -4,6 +4,7 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
+import clipfix.cli.resolvers  # noqa: F401  defaults lists use them
 from clipfix import CONF
 
 DRAWN = {"data": "scenes", "eval": "scenes", "diffusion": "tiny"}
@@ -32,7 +33,7 @@ def composed(*words: str):
         (["experiment=pretrain_tiny_clip"], {"world": "drawn", "recipe": None} | DRAWN | {"eval": "none"}),
         (["experiment=pretrain_tiny_diffusion"], {"world": "drawn"} | DRAWN | {"eval": "none", "diffusion": "blank"}),
         # Another model beside the repaired one changes nothing about the world.
-        (["method=fff", "+backbone@method.reference=vit-l14"], {"world": "drawn", "backbone": "tiny"} | DRAWN),
+        (["method=fff", "+backbone@method.mining.reference=vit-l14"], {"world": "drawn", "backbone": "tiny"} | DRAWN),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

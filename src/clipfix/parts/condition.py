@@ -1,0 +1,117 @@
+"""The condition that a diffusion model gets from CLIP: visual tokens, projected to its cross-attention space."""
+
+from abc import ABC, abstractmethod
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from clipfix.functional.patches import PatchRule, condition_from_tokens
+from clipfix.models.clip import Backbone
+from clipfix.models.diffusion import Diffusion
+from clipfix.training.phases import Phase
+from clipfix.training.ranks import Ranks
+
+
+class Condition(nn.Module, ABC):
+    """A linear projection from CLIP's joint space to the cross-attention space of a diffusion model.
+
+    Args:
+        tokens: tokens of the cross-attention space for each visual token.
+        steps: optimizer steps at the start in which the projection trains alone; 0 for none.
+        lr: learning rate of the projection; None for the optimizer's.
+    """
+
+    null: Tensor  # [t, c], the condition of the empty text
+    texts: tuple[str, ...] = ()  # of the batch, which the projection learns from
+
+    def __init__(self, tokens: int, steps: int, lr: float | None) -> None:
+        super().__init__()
+        if tokens < 1:
+            raise ValueError(f"method.condition.tokens is {tokens}: set it to 1 or more.")
+        self.tokens, self.steps, self.lr = tokens, steps, lr
+
+    def attach(self, backbone: Backbone, diffusion: Diffusion, ranks: Ranks) -> None:
+        """Create the projection between two models, with random weights.
+
+        From zero, all tokens on top of the mean null text would start equal, and stay equal for ever.
+        """
+        self.ranks = ranks
+        self.projection = nn.Linear(backbone.embed_dim, self.tokens * diffusion.condition_dim)
+        # The null text never changes: one pass here instead of one in each step.
+        self.register_buffer("null", diffusion.condition([""])[0].float(), persistent=False)
+
+    @abstractmethod
+    def forward(self, pooled: Float[Tensor, "b d"], patches: Float[Tensor, "b n d"]) -> Float[Tensor, "b m c"]:
+        """Return the condition of each image, from its embedding and its patches in the joint space."""
+
+    def phase(self, steps: int, caption_loss: Any) -> Phase:
+        """Return when the projection trains in a run of `steps`."""
+        return Phase(self, 0, steps, self.lr)
+
+    def project(self, features: Float[Tensor, "b n d"], null_text: str) -> Float[Tensor, "b m c"]:
+        """Return features of the joint space as tokens of the cross-attention space, on top of the null text."""
+        projected = self.projection(features).unflatten(-1, (self.tokens, -1)).flatten(1, 2)
+        return condition_from_tokens(projected, self.null, null_text)
+
+
+class VisualTokens(Condition):
+    """The class token and some patches of each image; the projection learns from images.
+
+    Args:
+        patches: which patches join the class token.
+        null_text: `tokenwise` adds token i to token i of the null text, `mean` adds the mean null token to each.
+
+    Source: DIVA (arXiv 2407.20171), figure 3, and the authors' code. A first phase for the projection alone is
+    GenHancer's (arXiv 2503.19480).
+    """
+
+    def __init__(
+        self, patches: PatchRule, null_text: Literal["tokenwise", "mean"], tokens: int, steps: int, lr: float | None
+    ) -> None:
+        super().__init__(tokens, steps, lr)
+        if null_text not in ("tokenwise", "mean"):
+            raise ValueError(f"method.condition.null_text is {null_text}: choose tokenwise or mean.")
+        self.patches, self.null_text = patches, null_text
+
+    def forward(self, pooled: Float[Tensor, "b d"], patches: Float[Tensor, "b n d"]) -> Float[Tensor, "b m c"]:
+        picked = self.patches(patches, self.ranks.sample)
+        return self.project(torch.cat([pooled[:, None], picked], dim=1), self.null_text)
+
+
+class CaptionSpace(Condition):
+    """The image embedding alone, through a projection that learned from captions and then stays as it is.
+
+    In a first phase the projection learns from captions, as the text tower puts them in the joint space. Learned from
+    images, it would read what the tower already says; learned from captions, it reads what the tower should say, so
+    that the diffusion model pulls the tower along directions that words have. Captions have no patches.
+
+    Source: ours.
+    """
+
+    texts = ("captions",)
+
+    def __init__(self, tokens: int, steps: int, lr: float | None) -> None:
+        super().__init__(tokens, steps, lr)
+        if steps < 1:
+            raise ValueError(f"method.condition.steps is {steps}: the projection learns from captions, set 1 or more.")
+
+    def forward(self, pooled: Float[Tensor, "b d"], patches: Float[Tensor, "b n d"]) -> Float[Tensor, "b m c"]:
+        return self.of_features(pooled)
+
+    def of_features(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b m c"]:
+        """Return the condition of images or captions, from their features in the joint space."""
+        return self.project(self.without_gap(features)[:, None], "mean")
+
+    def without_gap(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
+        """Return features where those of images and of texts can meet: unit norm, less the joined batch's mean, scaled.
+
+        Source: the two kinds of CLIP's features lie apart, nearly by a constant (arXiv 2203.02053, section 4).
+        """
+        features = F.normalize(features.float(), dim=-1)
+        return (features - self.ranks.gather(features).mean(0)) * features.shape[1] ** 0.5
+
+    def phase(self, steps: int, caption_loss: Any) -> Phase:
+        return Phase(self, 0, self.steps, self.lr, caption_loss)
