@@ -102,7 +102,7 @@ def score(cfg: DictConfig, folder: Path) -> None:
     from clipfix.results import provenance, report
     from clipfix.training.checkpoints import load_repair
 
-    if cfg.data.prepare and cfg.data.prepare.root in str(identity.asked(cfg)):  # a benchmark reads what it makes
+    if cfg.data.get("prepare") and cfg.data.prepare.root in str(identity.asked(cfg)):  # a benchmark reads what it makes
         instantiate(cfg.data.prepare)()
     repair = load_repair(backbone, cfg.checkpoint) if cfg.checkpoint else {}
     fabric = Fabric(**{key: cfg.trainer[key] for key in ("accelerator", "devices", "num_nodes") if key in cfg.trainer})
@@ -111,7 +111,7 @@ def score(cfg: DictConfig, folder: Path) -> None:
     scores = {"score": evaluate(backbone.to(fabric.device), benchmarks)}
     if fabric.is_global_zero:
         facts = provenance.facts(backbone, benchmarks)
-        trained = OmegaConf.create(repair["config_yaml"]) if repair else None
+        trained = identity.stored(repair.get("config_yaml"))
         facts |= {"backbone": choice("backbone")} | identity.repair(trained) | identity.asked(cfg)
         facts |= {"weights": {"score": weights_hash(backbone.model)}, "precision": {"scores": "fp32"}}
         facts |= {"checkpoint": cfg.checkpoint, "seed": cfg.seed, "seconds": time.perf_counter() - started}
@@ -155,7 +155,7 @@ def workspace(cfg: DictConfig, folder: Path) -> None:
 
 def prepare(cfg: DictConfig, folder: Path) -> None:
     """Make the shards of `data`, without training on them."""
-    if cfg.data.prepare is None:
+    if cfg.data.get("prepare") is None:
         raise ValueError(f"data={choice('data')} has nothing to prepare, its data.prepare is null: try data=sharegpt4v")
     print(f"Shards are in {instantiate(cfg.data.prepare)()}")
 
@@ -179,7 +179,7 @@ def annotate(cfg: DictConfig, folder: Path) -> None:
     from clipfix.annotate import annotate, plan, summarize
 
     settle(cfg)
-    if cfg.data.prepare:
+    if cfg.data.get("prepare"):
         instantiate(cfg.data.prepare)()
     work = plan(cfg.data.train, cfg.annotator.output, shareable(cfg.annotator), cfg.data.allow_pipe)
     if work.missing:
@@ -203,7 +203,7 @@ def export(cfg: DictConfig, folder: Path) -> None:
     settings = {"to": to, "output": output, **{key: cfg.export[key] for key in ("dtype", "overwrite", "push_to")}}
     exporting.check(**settings)
     saved = read_checkpoint(cfg.checkpoint) if cfg.checkpoint else {}
-    trained = OmegaConf.create(saved["config_yaml"]) if saved.get("config_yaml") else None
+    trained = identity.stored(saved.get("config_yaml"))
     words = HydraConfig.get().overrides.task
     asked_for = any(word.lstrip("+~").partition("=")[0].partition(".")[0] == "backbone" for word in words)
     chosen = cfg.backbone if trained is None or asked_for else trained.backbone  # a checkpoint knows its own
@@ -298,7 +298,7 @@ def selection(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
     from clipfix.results.selection import Selection
 
-    if not cfg.eval.selection or cfg.data.selection is None:
+    if not cfg.eval.selection or cfg.data.get("selection") is None:
         return {}
     metric = cfg.eval.selection_metric
     best = ModelCheckpoint(folder / "checkpoints", filename="best", monitor=f"selection/{metric}", mode="max")

@@ -13,6 +13,7 @@ import numpy as np
 
 from clipfix.evals import outcomes
 from clipfix.evals.outcomes import Outcomes
+from clipfix.system import moved
 
 UNKNOWN = "unknown"
 IN_A_NAME = 2  # keys of a recipe; groups that differ in more are told apart by letters
@@ -94,7 +95,7 @@ def find(entries: Sequence[str]) -> list[Path]:
 def read(path: Path) -> Result:
     """A result file, its percentages checked against the outcomes beside it."""
     try:
-        facts = json.loads(path.read_text())
+        facts = moved.current(json.loads(path.read_text()))
         columns = {
             column: {name.removeprefix("eval/"): float(score) for name, score in scores.items()}
             for column, scores in facts.pop("scores").items()
