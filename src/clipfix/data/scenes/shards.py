@@ -68,8 +68,8 @@ class World:
         summaries_test: Groups of four scenes with the same first sentence.
         junk, wrong: Share of short captions that say nothing about the picture, or are wrong in one thing.
         train_junk, train_wrong: The same for the training scenes.
-        popular: If above 0, half of the training scenes come from a pool of this many, each time as another picture with
-            other captions. The web repeats popular subjects like this, and they are false negatives in a batch.
+        popular: If above 0, half of the training scenes come from a pool of this many, each time as another picture
+            with other captions. The web repeats popular subjects, and they are false negatives in a batch.
         processes: Processes that draw; the shards do not depend on it.
 
     Raises:
