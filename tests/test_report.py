@@ -6,12 +6,23 @@ import json
 from PIL import Image
 from rich.console import Console
 
+from clipfix.evals.base import Scores
 from clipfix.results import report
 
 SCORES = {
     "before": {"eval/pairs/mean": 40.0, "eval/pairs/ties": 3.0, "eval/zeroshot/shape": 92.04},
     "after": {"eval/pairs/mean": 52.5, "eval/pairs/ties": 0.0, "eval/zeroshot/shape": 92.0},
 }
+
+
+def scored(columns: dict) -> dict:
+    """The same, as benchmarks return it."""
+    found: dict = {column: {} for column in columns}
+    for column, scores in columns.items():
+        for name, value in scores.items():
+            _, benchmark, metric = name.split("/")
+            found[column].setdefault(benchmark, Scores({})).values[metric] = value
+    return found
 
 
 def printed(scores: dict) -> list[list[str]]:
@@ -74,7 +85,7 @@ def test_what_a_method_watches_is_drawn_and_its_conditions_share_a_panel():
 
 def test_write_leaves_numbers_and_pictures(tmp_path, capsys):
     write_part(tmp_path, 0, [{"step": 0, "train/loss": 1.0}])
-    report.write(tmp_path, SCORES, {}, {"seed": 3, "seconds": 4.2})
+    report.write(tmp_path, scored(SCORES), {}, {"seed": 3, "seconds": 4.2})
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["scores"] == SCORES
     assert results["seed"] == 3

@@ -81,13 +81,13 @@ def fit(cfg: DictConfig, folder: Path) -> float | None:
     # A run of no steps never asked which is best: it shows what a method changes at once.
     chosen = trainer.strategy.broadcast(best or str(last))
     step = load_repair(rated.backbone, chosen)["global_step"]
-    rated.rate("after", trainer)
+    rated.score("after", trainer)
     if trainer.is_global_zero:
         facts = rated.facts | {"backbone": choice("backbone")} | identity.repair(cfg) | identity.asked(cfg)
         facts |= {"weights": rated.weights, "precision": {"scores": "fp32", "training": cfg.trainer.precision}}
         seconds = time.perf_counter() - started
         facts |= {"checkpoint": os.path.relpath(chosen, folder), "step": step, "seed": cfg.seed, "seconds": seconds}
-        report.write(folder, rated.scores, benchmarks, facts, loggers)
+        report.write(folder, rated.scored, benchmarks, facts, loggers)
     return float(callbacks["best"].best_model_score) if judged() else None
 
 
@@ -108,14 +108,14 @@ def score(cfg: DictConfig, folder: Path) -> None:
     fabric = Fabric(**{key: cfg.trainer[key] for key in ("accelerator", "devices", "num_nodes") if key in cfg.trainer})
     refuse_in_sweep(fabric.strategy)
     fabric.launch()
-    scores = {"score": evaluate(backbone.to(fabric.device), benchmarks)}
+    scored = {"score": evaluate(backbone.to(fabric.device), benchmarks)}
     if fabric.is_global_zero:
         facts = provenance.facts(backbone, benchmarks)
         trained = OmegaConf.create(repair["config_yaml"]) if repair else None
         facts |= {"backbone": choice("backbone")} | identity.repair(trained) | identity.asked(cfg)
         facts |= {"weights": {"score": weights_hash(backbone.model)}, "precision": {"scores": "fp32"}}
         facts |= {"checkpoint": cfg.checkpoint, "seed": cfg.seed, "seconds": time.perf_counter() - started}
-        report.write(folder, scores, benchmarks, facts)
+        report.write(folder, scored, benchmarks, facts)
     fabric.barrier()  # who is done tidies the folder up, while it is empty
 
 

@@ -12,13 +12,13 @@ from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
-from clipfix.evals.base import Benchmark
+from clipfix.evals.base import Benchmark, Scores, percentages
 from clipfix.evals.outcomes import save as save_outcomes
 from clipfix.evals.plots import AFTER, BEFORE
 from clipfix.results.compare.rows import named, number
 from clipfix.training.callbacks import peak_memory_gb
 
-Scores = dict[str, float]
+Percentages = dict[str, float]  # eval/<benchmark>/<metric>
 DRAWN = ("train", "val", "denoising", "drift", "positives", "selection", "perf")  # of what is logged, in this order
 
 
@@ -31,7 +31,7 @@ def describe(config: Mapping[str, Any], loggers: Sequence[Logger]) -> None:
 
 def write(
     folder: Path,
-    scores: dict[str, Scores],
+    scored: Mapping[str, Mapping[str, Scores]],
     benchmarks: Mapping[str, Benchmark],
     facts: dict[str, Any],
     loggers: Sequence[Logger] = (),
@@ -40,12 +40,14 @@ def write(
 
     outcomes.npz beside results.json has what every item got; `run=compare` reads it.
     """
+    scores = {column: percentages(one) for column, one in scored.items()}
     facts = {**facts, "peak_memory_gb": round(peak_memory_gb(), 2)}
     (folder / "results.json").write_text(json.dumps({**facts, "scores": scores}, indent=2) + "\n")
-    recorded = {name: benchmark.outcomes[-len(scores) :] for name, benchmark in benchmarks.items()}
-    save_outcomes(folder, list(scores), {name: scorings for name, scorings in recorded.items() if scorings})
+    scorings = {name: [column[name] for column in scored.values()] for name in benchmarks}
+    recorded = {name: [one.outcomes for one in several] for name, several in scorings.items() if several[0].outcomes}
+    save_outcomes(folder, list(scored), recorded)
     figures = {"scores": bars(scores), "curves": curves(join_metrics(folder))}
-    figures |= {name: benchmark.figure(list(scores)) for name, benchmark in benchmarks.items()}
+    figures |= {name: benchmark.figure(list(scored), scorings[name]) for name, benchmark in benchmarks.items()}
     pictures = {name: save(figure, folder / f"{name}.png") for name, figure in figures.items() if figure}
     for name, path in pictures.items():
         show(f"report/{name}", path, loggers)
@@ -74,7 +76,7 @@ def show(name: str, picture: Path, loggers: Sequence[Logger]) -> None:
             logger.log_image(name, [str(picture)])
 
 
-def rows(scores: dict[str, Scores]) -> list[tuple[str, list[float]]]:
+def rows(scores: dict[str, Percentages]) -> list[tuple[str, list[float]]]:
     """(score, [value of each column]) in the order of the first column."""
     return [
         (name.removeprefix("eval/"), [column[name] for column in scores.values()])
@@ -82,7 +84,7 @@ def rows(scores: dict[str, Scores]) -> list[tuple[str, list[float]]]:
     ]
 
 
-def table(scores: dict[str, Scores]) -> Table:
+def table(scores: dict[str, Percentages]) -> Table:
     """Benchmarks as sections, metrics as rows; the last column is what the run changed."""
     shown = Table(title="Scores in percent", title_justify="left")
     shown.add_column("benchmark")
@@ -105,7 +107,7 @@ def table(scores: dict[str, Scores]) -> Table:
     return shown
 
 
-def bars(scores: dict[str, Scores]) -> Figure | None:
+def bars(scores: dict[str, Percentages]) -> Figure | None:
     """Before/after bars, one panel a benchmark."""
     panels: dict[str, list[tuple[str, list[float]]]] = {}
     for name, values in rows(scores):

@@ -39,7 +39,7 @@ class Selection(L.Callback):
         backbone = pl_module.backbone
         assert isinstance(backbone, Backbone)
         with scoring(backbone) as features:
-            scores = {name: benchmark.score(features) for name, benchmark in self.benchmarks.items()}
+            scores = {name: benchmark.score(features).values for name, benchmark in self.benchmarks.items()}
         benchmark, _, metric = self.metric.partition("/")
         if metric not in scores.get(benchmark, {}):
             choices = [f"{name}/{metric}" for name, found in scores.items() for metric in found]
