@@ -8,6 +8,7 @@ from rich.console import Console
 
 from clipfix.evals.base import Scores
 from clipfix.results import report
+from clipfix.results.record import Record
 
 SCORES = {
     "before": {"eval/pairs/mean": 40.0, "eval/pairs/ties": 3.0, "eval/zeroshot/shape": 92.04},
@@ -85,7 +86,8 @@ def test_what_a_method_watches_is_drawn_and_its_conditions_share_a_panel():
 
 def test_write_leaves_numbers_and_pictures(tmp_path, capsys):
     write_part(tmp_path, 0, [{"step": 0, "train/loss": 1.0}])
-    report.write(tmp_path, scored(SCORES), {}, {"seed": 3, "seconds": 4.2})
+    record = Record(seed=3, seconds=4.2, peak_memory_gb=0.5, step=1, scores=SCORES)
+    report.write(tmp_path, scored(SCORES), {}, record)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["scores"] == SCORES
     assert results["seed"] == 3

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -83,11 +84,11 @@ def fit(cfg: DictConfig, folder: Path) -> float | None:
     step = load_repair(rated.backbone, chosen)["global_step"]
     rated.score("after", trainer)
     if trainer.is_global_zero:
-        facts = rated.facts | {"backbone": choice("backbone")} | identity.repair(cfg) | identity.asked(cfg)
-        facts |= {"weights": rated.weights, "precision": {"scores": "fp32", "training": cfg.trainer.precision}}
-        seconds = time.perf_counter() - started
-        facts |= {"checkpoint": os.path.relpath(chosen, folder), "step": step, "seed": cfg.seed, "seconds": seconds}
-        report.write(folder, rated.scored, benchmarks, facts, loggers)
+        record = record_of(
+            cfg, cfg, started, rated.scored, rated.facts, weights=rated.weights, step=step,
+            checkpoint=os.path.relpath(chosen, folder), training_precision=cfg.trainer.precision,
+        )  # fmt: skip
+        report.write(folder, rated.scored, benchmarks, record, loggers)
     return float(callbacks["best"].best_model_score) if judged() else None
 
 
@@ -110,12 +111,13 @@ def score(cfg: DictConfig, folder: Path) -> None:
     fabric.launch()
     scored = {"score": evaluate(backbone.to(fabric.device), benchmarks)}
     if fabric.is_global_zero:
-        facts = provenance.facts(backbone, benchmarks)
         trained = OmegaConf.create(repair["config_yaml"]) if repair else None
-        facts |= {"backbone": choice("backbone")} | identity.repair(trained) | identity.asked(cfg)
-        facts |= {"weights": {"score": weights_hash(backbone.model)}, "precision": {"scores": "fp32"}}
-        facts |= {"checkpoint": cfg.checkpoint, "seed": cfg.seed, "seconds": time.perf_counter() - started}
-        report.write(folder, scored, benchmarks, facts)
+        weights = {"score": weights_hash(backbone.model)}
+        record = record_of(
+            cfg, trained, started, scored, provenance.facts(backbone, benchmarks), weights=weights,
+            checkpoint=cfg.checkpoint, step=repair.get("global_step"),
+        )  # fmt: skip
+        report.write(folder, scored, benchmarks, record)
     fabric.barrier()  # who is done tidies the folder up, while it is empty
 
 
@@ -303,6 +305,47 @@ def selection(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     metric = cfg.eval.selection_metric
     best = ModelCheckpoint(folder / "checkpoints", filename="best", monitor=f"selection/{metric}", mode="max")
     return {"selection": Selection(instantiate(cfg.eval.selection), metric), "best": best}
+
+
+def record_of(
+    cfg: DictConfig,
+    trained: Any,
+    started: float,
+    scored: Mapping[str, Mapping[str, Any]],
+    facts: dict[str, Any],
+    *,
+    weights: Mapping[str, str],
+    checkpoint: str | None,
+    step: int | None,
+    training_precision: str | None = None,
+) -> Any:
+    """Return the record of a run.
+
+    Args:
+        trained: The config of the training that repaired the backbone; None of a backbone as it was.
+        started: `time.perf_counter()` at the start of the run.
+        scored: {column: {benchmark: Scores}}.
+        facts: What `provenance.facts` returned.
+    """
+    from clipfix.evals.base import percentages
+    from clipfix.results.record import Record
+    from clipfix.training.callbacks import peak_memory_gb
+
+    training = {"training": training_precision} if training_precision else {}
+    return Record(
+        **facts,
+        **identity.repair(trained),
+        **identity.asked(cfg),
+        backbone=choice("backbone"),
+        weights=weights,
+        precision={"scores": "fp32", **training},
+        checkpoint=checkpoint,
+        step=step,
+        seed=cfg.seed,
+        seconds=time.perf_counter() - started,
+        peak_memory_gb=round(peak_memory_gb(), 2),
+        scores={column: percentages(one) for column, one in scored.items()},
+    )
 
 
 def choice(group: str) -> str:

@@ -1,7 +1,6 @@
 """What a run leaves behind: a before/after table on screen, results as json, pictures as PNG, all of it in W&B too."""
 
 import csv
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,12 @@ from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
-from clipfix.evals.base import Benchmark, Scores, percentages
+from clipfix.evals.base import Benchmark, Scores
 from clipfix.evals.outcomes import save as save_outcomes
 from clipfix.evals.plots import AFTER, BEFORE
 from clipfix.results.compare.rows import named, number
-from clipfix.training.callbacks import peak_memory_gb
+from clipfix.results.record import Percentages, Record
 
-Percentages = dict[str, float]  # eval/<benchmark>/<metric>
 DRAWN = ("train", "val", "denoising", "drift", "positives", "selection", "perf")  # of what is logged, in this order
 
 
@@ -33,16 +31,15 @@ def write(
     folder: Path,
     scored: Mapping[str, Mapping[str, Scores]],
     benchmarks: Mapping[str, Benchmark],
-    facts: dict[str, Any],
+    record: Record,
     loggers: Sequence[Logger] = (),
 ) -> None:
     """Table, results.json and pictures of the scores taken (`before`, `after`), in the run folder and every logger.
 
     outcomes.npz beside results.json has what every item got; `run=compare` reads it.
     """
-    scores = {column: percentages(one) for column, one in scored.items()}
-    facts = {**facts, "peak_memory_gb": round(peak_memory_gb(), 2)}
-    (folder / "results.json").write_text(json.dumps({**facts, "scores": scores}, indent=2) + "\n")
+    record.write(folder)
+    scores = record.scores
     scorings = {name: [column[name] for column in scored.values()] for name in benchmarks}
     recorded = {name: [one.outcomes for one in several] for name, several in scorings.items() if several[0].outcomes}
     save_outcomes(folder, list(scored), recorded)
@@ -54,13 +51,13 @@ def write(
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             for column, values in scores.items():
-                logger.log_metrics(values, step=0 if column == "before" else facts["step"])
+                logger.log_metrics(values, step=0 if column == "before" else record.step)
             logger.log_table(
                 "report/before_after", columns=["score", *scores], data=[[row, *values] for row, values in rows(scores)]
             )
     Console().print(table(scores))
     Console().print(
-        f"{facts['seconds']:.0f} s, peak memory {facts['peak_memory_gb']} GB. Run folder: {folder}", soft_wrap=True
+        f"{record.seconds:.0f} s, peak memory {record.peak_memory_gb} GB. Run folder: {folder}", soft_wrap=True
     )
 
 
@@ -76,7 +73,7 @@ def show(name: str, picture: Path, loggers: Sequence[Logger]) -> None:
             logger.log_image(name, [str(picture)])
 
 
-def rows(scores: dict[str, Percentages]) -> list[tuple[str, list[float]]]:
+def rows(scores: Mapping[str, Percentages]) -> list[tuple[str, list[float]]]:
     """(score, [value of each column]) in the order of the first column."""
     return [
         (name.removeprefix("eval/"), [column[name] for column in scores.values()])
@@ -84,7 +81,7 @@ def rows(scores: dict[str, Percentages]) -> list[tuple[str, list[float]]]:
     ]
 
 
-def table(scores: dict[str, Percentages]) -> Table:
+def table(scores: Mapping[str, Percentages]) -> Table:
     """Benchmarks as sections, metrics as rows; the last column is what the run changed."""
     shown = Table(title="Scores in percent", title_justify="left")
     shown.add_column("benchmark")
@@ -107,7 +104,7 @@ def table(scores: dict[str, Percentages]) -> Table:
     return shown
 
 
-def bars(scores: dict[str, Percentages]) -> Figure | None:
+def bars(scores: Mapping[str, Percentages]) -> Figure | None:
     """Before/after bars, one panel a benchmark."""
     panels: dict[str, list[tuple[str, list[float]]]] = {}
     for name, values in rows(scores):
