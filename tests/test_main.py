@@ -135,7 +135,7 @@ def test_wandb_stores_what_the_run_folder_has(method, fitted):
     scores = results["scores"]
     rows = [[name.removeprefix("eval/"), *(column[name] for column in scores.values())] for name in scores["before"]]
     assert content["data"] == rows
-    for picture in ("scores", "curves", "pairs", "retrieval_short", "retrieval_long", "lengths"):
+    for picture in ("scores", "scores_all", "curves", "pairs", "retrieval_short", "retrieval_long", "lengths"):
         (sent,) = run.media(f"report/{picture}")
         with Image.open(sent) as one, Image.open(folder / f"{picture}.png") as other:
             assert one.tobytes() == other.tobytes()

@@ -21,8 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
 from clipfix import CONF
-from clipfix.cli.resolvers import wandb_mode
-from clipfix.cli.sweeps import judged, refuse_in_sweep
+from clipfix.cli.resolvers import quiet_wandb, wandb_mode
+from clipfix.cli.sweeps import in_sweep, judged, refuse_in_sweep
 from clipfix.results import identity
 from clipfix.system import ranks
 from clipfix.system.secrets import without_secrets
@@ -56,6 +56,8 @@ def fit(cfg: DictConfig, folder: Path) -> float | None:
         callbacks["wise"] = WiSE(cfg.wise)
     if judged() and "best" not in callbacks:
         raise ValueError("A sweep by Optuna is judged by the selection split: set data.selection and eval.selection.")
+    if "wandb" in cfg.logger:
+        quiet_wandb()
     loggers = list(instantiate(cfg.logger).values())
     trainer = instantiate(cfg.trainer, callbacks=[c for c in callbacks.values() if c is not None], logger=loggers)
     refuse_in_sweep(trainer.strategy)
@@ -88,7 +90,7 @@ def fit(cfg: DictConfig, folder: Path) -> float | None:
             cfg, cfg, started, rated.scored, rated.facts, weights=rated.weights, step=step,
             checkpoint=os.path.relpath(chosen, folder), training_precision=cfg.trainer.precision,
         )  # fmt: skip
-        report.write(folder, rated.scored, benchmarks, record, loggers)
+        finish(cfg, folder, rated.scored, benchmarks, record, loggers)
     return float(callbacks["best"].best_model_score) if judged() else None
 
 
@@ -100,7 +102,7 @@ def score(cfg: DictConfig, folder: Path) -> None:
 
     from clipfix.evals.base import evaluate
     from clipfix.models.clip import weights_hash
-    from clipfix.results import provenance, report
+    from clipfix.results import provenance
     from clipfix.training.checkpoints import load_repair
 
     if cfg.data.prepare and cfg.data.prepare.root in str(identity.asked(cfg)):  # a benchmark reads what it makes
@@ -117,21 +119,27 @@ def score(cfg: DictConfig, folder: Path) -> None:
             cfg, trained, started, scored, provenance.facts(backbone, benchmarks), weights=weights,
             checkpoint=cfg.checkpoint, step=repair.get("global_step"),
         )  # fmt: skip
-        report.write(folder, scored, benchmarks, record)
+        finish(cfg, folder, scored, benchmarks, record)
     fabric.barrier()  # who is done tidies the folder up, while it is empty
 
 
 def compare(cfg: DictConfig, folder: Path) -> None:
-    """Results of earlier runs side by side: a table, pictures and report.html. No model is loaded."""
+    """Show the results of earlier runs side by side: a table, pictures and report.html. No model is loaded."""
     from clipfix.results.compare import compare
+    from clipfix.results.compare.results import newest
 
     published: Any = OmegaConf.to_container(OmegaConf.load(CONF / "published.yaml"))
-    pictures = compare(folder, cfg.seed, published, **cfg.compare)
+    settings: Any = OmegaConf.to_container(cfg.compare)
+    if not settings["results"] and len(last := newest(Path("outputs"), 2)) == 2:
+        settings["results"] = [str(path) for path in last]
+        print("The last two runs:", *(f"  {path.parent}" for path in last), sep="\n")
+    pictures = compare(folder, cfg.seed, published, **settings)
     if cfg.logger.get("wandb"):  # Lightning and W&B take seconds to import: after the table is read
         from clipfix.results import report
 
+        quiet_wandb()
         logger = instantiate(cfg.logger.wandb, name="compare", group="compare")
-        report.describe({"compare": OmegaConf.to_container(cfg.compare)}, [logger])
+        report.describe({"compare": settings}, [logger])
         for path in pictures:
             report.show(f"compare/{path.stem}", path, [logger])
 
@@ -242,6 +250,7 @@ def build(cfg: DictConfig) -> tuple[Any, dict[str, Any]]:
     """
     from clipfix.data.sets import present
 
+    check_report(cfg)
     wanted = dict(cfg.eval.benchmarks)
     published = {name: instantiate(one.shards) for name, one in wanted.items() if OmegaConf.is_dict(one.get("shards"))}
     benchmarks = {name: instantiate(one) for name, one in present(wanted, published).items()}
@@ -305,6 +314,32 @@ def selection(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     metric = cfg.eval.selection_metric
     best = ModelCheckpoint(folder / "checkpoints", filename="best", monitor=f"selection/{metric}", mode="max")
     return {"selection": Selection(instantiate(cfg.eval.selection), metric), "best": best}
+
+
+def finish(
+    cfg: DictConfig,
+    folder: Path,
+    scored: Mapping[str, Any],
+    benchmarks: Mapping[str, Any],
+    record: Any,
+    loggers: Any = (),
+) -> None:
+    """Write what the run leaves behind, and print its scores, the files to open and the next command to try."""
+    from clipfix.results import report
+
+    about = (cfg.eval.selection_metric or "").partition("/")[0]
+    intervals = {key: cfg.compare[key] for key in ("resamples", "coverage")}
+    report.write(folder, scored, benchmarks, record, loggers, first=about, **intervals, **cfg.report)
+    if not in_sweep():
+        print(*report.next_command(folder, record), sep="\n")
+
+
+def check_report(cfg: DictConfig) -> None:
+    """Refuse values of `report` that a run would stumble over at its end."""
+    if cfg.report.table not in (tables := ("headlines", "full")):
+        raise ValueError(f"report.table={cfg.report.table}: choose from {', '.join(tables)}.")
+    if not isinstance(cfg.report.pictures, bool):
+        raise ValueError(f"report.pictures={cfg.report.pictures}: set true or false.")
 
 
 def record_of(

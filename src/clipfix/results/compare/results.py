@@ -3,6 +3,7 @@
 import glob
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import combinations, count, product
 from pathlib import Path
@@ -90,6 +91,27 @@ def find(entries: Sequence[str]) -> list[Path]:
     if not found:
         raise ValueError("Nothing to compare: name results, as in run=compare outputs/*/*/results.json")
     return list(found)
+
+
+def newest(root: Path, number: int) -> list[Path]:
+    """Return the newest result files with scores below a folder, the oldest of them first."""
+    found: list[Path] = []
+    for path in sorted(root.rglob(FILE), key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        with suppress(ValueError):  # a file of another kind
+            if len(found) < number and Record.read(path).has_scores:
+                found.append(path)
+    return found[::-1]
+
+
+def comparable(paths: Sequence[Path]) -> bool:
+    """Return whether `run=compare` would show these files side by side."""
+    try:
+        results = [read(path) for path in paths]
+        refuse(results)
+        group(results)
+    except ValueError:
+        return False
+    return True
 
 
 def read(path: Path) -> Result:
