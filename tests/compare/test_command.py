@@ -11,7 +11,8 @@ from PIL import Image
 from runs import run
 from wandb_runs import stored
 
-from clipfix.__main__ import main, named
+from clipfix.__main__ import main
+from clipfix.cli.command import named
 from clipfix.results.record import Record
 from clipfix.results.workspace import workspace
 
