@@ -30,7 +30,7 @@ class Looks(Benchmark):
         self.shown: list[dict[str, Tensor]] = []
 
     def score(self, features) -> dict[str, float]:
-        self.shown.append({name: p.detach().clone() for name, p in features.backbone.named_parameters()})
+        self.shown.append({name: p.detach().clone() for name, p in features.model.named_parameters()})
         return {"score": -float(len(self.shown))}
 
 

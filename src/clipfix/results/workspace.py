@@ -29,7 +29,7 @@ def workspace(
         "eval": [every("means", "^eval/[^/]+/mean$"), *(every(name, f"^eval/{name}/") for name in scored)],
         "report": [
             wr.WeavePanelSummaryTable(table_name="report/before_after"),
-            *(pictures(name, f"report/{name}") for name in ("scores", "curves")),
+            *(pictures(name, f"report/{name}") for name in ("scores", "scores_all", "curves")),
             pictures("examples", *(f"report/{name}" for name in scored)),
         ],
         "compare": [pictures(name, f"compare/{name}") for name in ("radar", "forgetting", "lengths", "examples")],
