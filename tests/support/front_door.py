@@ -34,7 +34,7 @@ WORLD = [f"data.prepare.{name}={size}" for name, size in SIZES.items()]
 QUICK = [*RUN, *DATA, *WORLD, "method.steps=2"]
 DIVA = ["method=diva", "method.projection_steps=1", "method.watch_every=1"]  # one step of each stage, all notes taken
 FEWER = [f"~eval.benchmarks.{name}" for name in ("pairs_local", "probes", "retrieval_long", "lengths")]  # dear to score
-FEW = [*FEWER, "~eval.benchmarks.pairs", "~eval.benchmarks.retrieval_long_alike"]  # two are left
+FEW = [*FEWER, "~eval.benchmarks.retrieval_short", "~eval.benchmarks.retrieval_long_alike"]  # two are left
 UNSTAGED = ["method.projection_from=images", "method.projection_steps=0"]  # its tower moves from the first step on
 UNDRAWN = ["callbacks.reconstructions=null"]
 
