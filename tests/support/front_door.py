@@ -38,7 +38,7 @@ DIVA = [
     "callbacks.watch.every_n_batches=1",
 ]  # one step of each stage, all notes taken
 FEWER = [f"~eval.benchmarks.{name}" for name in ("pairs_local", "probes", "retrieval_long", "lengths")]  # dear to score
-FEW = [*FEWER, "~eval.benchmarks.pairs", "~eval.benchmarks.retrieval_long_alike"]  # two are left
+FEW = [*FEWER, "~eval.benchmarks.retrieval_short", "~eval.benchmarks.retrieval_long_alike"]  # two are left
 UNSTAGED = [
     "condition@method.condition=visual_tokens",
     "patches@method.condition.patches=none",
