@@ -77,10 +77,23 @@ def test_training_and_validation_share_a_panel_and_one_term_is_not_drawn_twice()
 
 
 def test_what_a_method_watches_is_drawn_and_its_conditions_share_a_panel():
-    watched = ["selection/pairs/mean", "denoising/right", "drift/features", "denoising/null", "denoising/shuffled"]
+    watched = [
+        "selection/pairs/mean",
+        "denoising/right",
+        "drift/features",
+        "denoising/null",
+        "denoising/shuffled",
+        "mood/of_a_new_method",
+    ]
     rows = [{"step": str(i)} | dict.fromkeys([*watched, "train/loss", "lr-SGD", "data/skipped"], "1") for i in (0, 1)]
     panels = {axis.get_title(): len(axis.lines) for axis in report.curves(rows).axes}
-    assert panels == {"loss": 1, "denoising, by condition": 3, "drift/features": 1, "selection/pairs/mean": 1}
+    assert panels == {
+        "loss": 1,
+        "denoising, by condition": 3,
+        "drift/features": 1,
+        "mood/of a new method": 1,
+        "selection/pairs/mean": 1,
+    }
     assert next(iter(panels)) == "loss"
 
 

@@ -174,12 +174,13 @@ def workspace(run: Run) -> None:
         raise ValueError("W&B is offline here, and run=workspace saves to it: `wandb login`, or set WANDB_API_KEY.")
     import wandb
 
-    from clipfix.results.workspace import workspace
+    from clipfix.results.workspace import logged_here, workspace
 
     to, watched = cfg.logger.wandb, list(cfg.eval.selection or ())
     if not (entity := to.entity or wandb.Api().default_entity):
         raise ValueError("W&B knows no default entity of yours: name a user or team, as in logger.wandb.entity=...")
-    view = workspace(entity, to.project, list(cfg.eval.benchmarks), watched, cfg.eval.selection_metric)
+    logged = logged_here(Path("outputs"))
+    view = workspace(entity, to.project, list(cfg.eval.benchmarks), watched, cfg.eval.selection_metric, logged)
     print(f"Workspace: {view.save().url}")
 
 

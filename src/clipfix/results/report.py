@@ -22,7 +22,8 @@ from clipfix.results.headlines import headlines, picture
 from clipfix.results.headlines import table as head_table
 from clipfix.results.record import Percentages, Record
 
-DRAWN = ("train", "val", "denoising", "drift", "positives", "selection", "perf")  # of what is logged, in this order
+# Of what is logged, by prefix: drawn first, drawn last, and not drawn. A method's own notes stand between.
+FIRST, LAST, NOT_DRAWN = ("train", "val"), ("selection", "perf"), ("data", "optimizer")
 
 
 def describe(config: Mapping[str, Any], loggers: Sequence[Logger]) -> None:
@@ -228,18 +229,25 @@ def join_metrics(folder: Path) -> list[dict[str, str]]:
     return rows
 
 
+def prefix(name: str) -> str:
+    """Return the part of a logged name that says what kind it is, as in `train/loss`."""
+    return name.split("/", 1)[0]
+
+
 def curves(metrics: list[dict[str, str]]) -> Figure | None:
-    """Every loss, selection score, note of a method and rate that the csv logger wrote, against the optimizer step."""
+    """Return curves of every loss, note of a method and selection score in the rows of the csv logger, by step."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in metrics:
         for name, value in row.items():
-            if value and name.split("/")[0] in DRAWN:
+            if value and "/" in name and prefix(name) not in NOT_DRAWN:
                 lines.setdefault(name, []).append((int(row["step"]), float(value)))
     if not lines:
         return None
     # train/x and val/x share a panel, and so do the conditions of a generator: their distance is what one looks for.
     panels: dict[str, list[str]] = {}
-    for name in sorted(lines, key=lambda name: DRAWN.index(name.split("/")[0])):
+    notes = sorted({prefix(name) for name in lines} - {*FIRST, *LAST})
+    order = [*FIRST, *notes, *LAST]
+    for name in sorted(lines, key=lambda name: order.index(prefix(name))):
         stage, metric = name.split("/", 1)
         shared = {"train": metric, "val": metric, "denoising": "denoising, by condition"}
         panels.setdefault(shared.get(stage, name), []).append(name)
