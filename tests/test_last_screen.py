@@ -23,7 +23,7 @@ SMALL = [
     "trainer=cpu", "data.prepare.train=16", "data.prepare.selection=8", "data.prepare.test=24",
     "data.prepare.pairs_train=1", "data.prepare.pairs_selection=1", "data.prepare.pairs_test=2",
     "data.prepare.summaries_test=1", "data.prepare.processes=1", "data.batch_size=8", "data.workers=0",
-    "data.shuffle=0", "method=finetune", "method.steps=1", "method.warmup_steps=0",
+    "data.shuffle=0", "method=finetune", "method.steps=1", "method.schedule.warmup_steps=0",
     *(f"~eval.benchmarks.{name}" for name in ("pairs_local", "probes", "retrieval_long_alike", "lengths")),
 ]  # fmt: skip
 

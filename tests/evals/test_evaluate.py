@@ -163,7 +163,7 @@ class Method(L.LightningModule):
 
     def __init__(self, backbone):
         super().__init__()
-        self.backbone = backbone
+        self.backbone = self.scored = backbone
 
     def training_step(self, batch):
         return (self.backbone.encode_text(batch[:, None]) - 1).pow(2).mean()
