@@ -55,7 +55,7 @@ def newest(runs: Path, own: Mapping[str, Any]) -> Path | None:
     started = sorted(runs.glob("*/config.yaml"), reverse=True)
     for file in started:
         with suppress(YAMLError):  # cut off
-            stored: Any = OmegaConf.load(file)
+            stored: Any = identity.stored(file.read_text())
             if wanted and wanted == same_run(stored):
                 return file.parent
     if wanted and started:

@@ -116,8 +116,8 @@ def score(run: Run) -> None:
     if cfg.data.get("prepare") and cfg.data.prepare.root in str(identity.asked(cfg)):  # a benchmark reads what it makes
         instantiate(cfg.data.prepare)()
     saved = read_checkpoint(cfg.checkpoint) if cfg.checkpoint else {}
-    trained: Any = OmegaConf.create(saved["config_yaml"]) if saved else None
-    model = wrapped(backbone, trained) if saved else backbone
+    trained: Any = identity.stored(saved.get("config_yaml"))
+    model = wrapped(backbone, trained) if trained else backbone
     if saved:
         load_repair(model, cfg.checkpoint)
     fabric = Fabric(**{key: cfg.trainer[key] for key in ("accelerator", "devices", "num_nodes") if key in cfg.trainer})
@@ -238,7 +238,7 @@ def export(run: Run) -> None:
     settings = {"to": to, "output": output, **{key: cfg.export[key] for key in ("dtype", "overwrite", "push_to")}}
     exporting.check(**settings)
     saved = read_checkpoint(cfg.checkpoint) if cfg.checkpoint else {}
-    trained = OmegaConf.create(saved["config_yaml"]) if saved.get("config_yaml") else None
+    trained = identity.stored(saved.get("config_yaml"))
     named = any(word.lstrip("+~").partition("=")[0].partition(".")[0] == "backbone" for word in run.words)
     chosen = cfg.backbone if trained is None or named else trained.backbone
     run.seed_and_check()

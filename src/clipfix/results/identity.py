@@ -1,4 +1,4 @@
-"""What the config of a run says of its numbers, the same on every machine. Every results.json carries it."""
+"""The part of a run's config that its numbers depend on, equal on every machine. Every results.json holds it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,32 +6,57 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from clipfix import PACKAGE
+from clipfix.system import moved
 from clipfix.system.secrets import hidden
+
+# Not part of a recipe: they change where or how fast a run works, or group runs that differ by seed.
+ELSEWHERE = ("seed", "root", "processes", "_convert_", "_partial_")
+
+
+def stored(config_yaml: str | None) -> Any:
+    """Return the config that a run stored, with today's names of classes; None if it stored none."""
+    if not config_yaml:
+        return None
+    config = OmegaConf.create(config_yaml)
+    return OmegaConf.create(moved.current(OmegaConf.to_container(config))) if OmegaConf.is_dict(config) else config
 
 
 def repair(trained: Mapping[str, Any] | None) -> dict[str, Any]:
-    """How a model was repaired, from the config of its training; all None of one that was not.
+    """Return how a model was repaired, from the config of its training. All values are None for an untrained model.
 
-    By its `recipe`, the same for every seed and on every machine, `run=compare` tells groups apart.
+    `recipe` is equal for every seed and on every machine; `run=compare` groups runs by it. Of each `_target_` it holds
+    the class name alone, so that two classes with equal settings differ, and a class may move to another module.
     """
     by: dict[str, Any] = {"method": None, "control": None, "wise": None, "trained_with_seed": None, "recipe": None}
     if trained is not None:
         method, wise = trained["method"], trained.get("wise")
         by["method"] = method["_target_"].split(".")[-2]  # the module, named as its yaml is
-        by |= {"control": method.get("control"), "wise": wise, "trained_with_seed": trained["seed"]}
-        elsewhere = ("seed", "root", "processes", "_target_", "_convert_", "_partial_")
-        data = {key: trained["data"][key] for key in ("batch_size", "texts", "prepare")}
-        by["recipe"] = portable({"method": method, "data": data, "wise": wise}, elsewhere)
+        by |= {"control": control(method), "wise": wise, "trained_with_seed": trained["seed"]}
+        data = {key: trained["data"][key] for key in ("batch_size", "texts", "prepare") if key in trained["data"]}
+        by["recipe"] = class_names(portable({"method": method, "data": data, "wise": wise}, ELSEWHERE))
     return by
 
 
+def control(method: Mapping[str, Any]) -> str | None:
+    """Return the name of the control that a method's config sets: `shuffled` at any depth, or no `feedback`.
+
+    Configs of earlier versions have a key `control`.
+    """
+    if method.get("control"):
+        return str(method["control"])
+    if "feedback" in method and method["feedback"] is None:
+        return "off"
+    nested = [value for value in method.values() if isinstance(value, Mapping | DictConfig)]
+    return "shuffled" if method.get("shuffled") is True or any(map(control, nested)) else None
+
+
 def asked(cfg: DictConfig) -> dict[str, Any]:
-    """How the benchmarks asked: `run=compare` refuses to set one scoring against another that asked otherwise."""
+    """Return the settings of the benchmarks: `run=compare` refuses scores of one benchmark by different settings."""
     return {"benchmarks": portable(cfg.eval.benchmarks)}
 
 
 def portable(node: Any, leave_out: tuple[str, ...] = ()) -> Any:
-    """Resolved config without some keys and secrets, and with paths inside the package as they are on every machine."""
+    """Return a resolved config without some keys and secrets; paths inside the package begin with its name."""
     if isinstance(node, DictConfig | ListConfig):
         node = OmegaConf.to_container(node, resolve=True)
     if isinstance(node, dict):
@@ -39,3 +64,13 @@ def portable(node: Any, leave_out: tuple[str, ...] = ()) -> Any:
     if isinstance(node, list):
         return [portable(value, leave_out) for value in node]
     return hidden(node.replace(str(PACKAGE), PACKAGE.name)) if isinstance(node, str) else node
+
+
+def class_names(node: Any) -> Any:
+    """Return nested dicts and lists in which each `_target_` is the last part of its dotted name."""
+    if isinstance(node, dict):
+        return {
+            key: value.rpartition(".")[2] if key == "_target_" and isinstance(value, str) else class_names(value)
+            for key, value in node.items()
+        }
+    return [class_names(value) for value in node] if isinstance(node, list) else node

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from clipfix.system import moved
+
 FILE = "results.json"  # in the run folder
 Percentages = Mapping[str, float]  # eval/<benchmark>/<metric>
 
@@ -71,7 +73,7 @@ class Record:
             ValueError: The file is no JSON, or its scores are no numbers by column and name.
         """
         try:
-            stored = json.loads(path.read_text())
+            stored = moved.current(json.loads(path.read_text()))
             scores = {
                 column: {name: float(score) for name, score in one.items()} for column, one in stored["scores"].items()
             }
