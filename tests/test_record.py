@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from clipfix.results.record import Record
+from clipfix.system import moved
 
 STORED = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("*/results.json"))
 
@@ -18,8 +19,8 @@ def test_what_is_written_is_read(tmp_path):
 
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.parent.name)
 def test_the_files_of_the_tables_keep_their_keys(path, tmp_path):
-    """Not only read: written again they are the same, key by key."""
-    assert json.loads(Record.read(path).write(tmp_path).read_text()) == json.loads(path.read_text())
+    """Not only read: written again they are the same, key by key, but for the classes that have moved since."""
+    assert json.loads(Record.read(path).write(tmp_path).read_text()) == moved.current(json.loads(path.read_text()))
 
 
 def test_a_file_of_another_version_lacks_keys_and_has_others(tmp_path):
