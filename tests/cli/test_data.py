@@ -46,7 +46,7 @@ def test_photographs_packed_by_img2dataset(picture, choices, clipfix, tmp_path, 
     run, _ = clipfix(
         *RUN, *DATA, "logger=wandb", "data=shards", *choices,
         "data.train=train", "data.selection=selection", "eval.shards=test",
-        "data.batch_size=2", "method.steps=2",
+        "data.batch_size=2", "method.steps=2", "report.pictures=true",
     )  # fmt: skip
     scores = json.loads((run / "results.json").read_text())["scores"]
     assert {value for name, value in scores["after"].items() if name.endswith("image_to_text_R@10")} == {100.0}

@@ -15,6 +15,7 @@ RUN = [
     "trainer.val_check_interval=1",
     "trainer.log_every_n_steps=1",
     "method.schedule.warmup_steps=1",
+    "report.pictures=false",  # they take seconds; a test that looks at them asks for them
 ]
 DATA = ["data.batch_size=8", "data.workers=0", "data.shuffle=0"]
 SIZES = {
