@@ -6,7 +6,9 @@ import json
 from PIL import Image
 from rich.console import Console
 
+from clipfix.evals.base import Scores
 from clipfix.results import report
+from clipfix.results.record import Record
 
 SCORES = {
     "before": {"eval/pairs/mean": 40.0, "eval/pairs/ties": 3.0, "eval/zeroshot/shape": 92.04},
@@ -14,9 +16,19 @@ SCORES = {
 }
 
 
+def scored(columns: dict) -> dict:
+    """The same, as benchmarks return it."""
+    found: dict = {column: {} for column in columns}
+    for column, scores in columns.items():
+        for name, value in scores.items():
+            _, benchmark, metric = name.split("/")
+            found[column].setdefault(benchmark, Scores({})).values[metric] = value
+    return found
+
+
 def printed(scores: dict) -> list[list[str]]:
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(report.table(scores))
+    console.print(report.full_table(scores))
     return [
         [cell.strip() for cell in line.split("│")[1:-1]] for line in console.export_text().splitlines() if "│" in line
     ]
@@ -65,21 +77,35 @@ def test_training_and_validation_share_a_panel_and_one_term_is_not_drawn_twice()
 
 
 def test_what_a_method_watches_is_drawn_and_its_conditions_share_a_panel():
-    watched = ["selection/pairs/mean", "denoising/right", "drift/features", "denoising/null", "denoising/shuffled"]
+    watched = [
+        "selection/pairs/mean",
+        "denoising/right",
+        "drift/features",
+        "denoising/null",
+        "denoising/shuffled",
+        "mood/of_a_new_method",
+    ]
     rows = [{"step": str(i)} | dict.fromkeys([*watched, "train/loss", "lr-SGD", "data/skipped"], "1") for i in (0, 1)]
     panels = {axis.get_title(): len(axis.lines) for axis in report.curves(rows).axes}
-    assert panels == {"loss": 1, "denoising, by condition": 3, "drift/features": 1, "selection/pairs/mean": 1}
+    assert panels == {
+        "loss": 1,
+        "denoising, by condition": 3,
+        "drift/features": 1,
+        "mood/of a new method": 1,
+        "selection/pairs/mean": 1,
+    }
     assert next(iter(panels)) == "loss"
 
 
 def test_write_leaves_numbers_and_pictures(tmp_path, capsys):
     write_part(tmp_path, 0, [{"step": 0, "train/loss": 1.0}])
-    report.write(tmp_path, SCORES, {}, {"seed": 3, "seconds": 4.2})
+    record = Record(seed=3, seconds=4.2, peak_memory_gb=0.5, step=1, scores=SCORES)
+    report.write(tmp_path, scored(SCORES), {}, record, table="headlines", pictures=True, resamples=9, coverage=0.9)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["scores"] == SCORES
     assert results["seed"] == 3
     assert results["peak_memory_gb"] > 0
-    for name in ("scores", "curves"):
+    for name in ("scores", "scores_all", "curves"):
         with Image.open(tmp_path / f"{name}.png") as image:
             assert min(image.size) > 100
     assert str(tmp_path) in capsys.readouterr().out

@@ -205,14 +205,15 @@ def test_without_shuffling_shards_change_places_but_keep_their_order(tmp_path: P
 
 
 def test_selection_is_one_pass_in_stored_order_with_its_last_partial_batch(tmp_path: Path) -> None:
-    keys = numbered(tmp_path, [4, 3])
-    data = shard_data(str(tmp_path), selection=str(tmp_path), workers=1)
+    numbered(tmp_path / "train", [9])
+    keys = numbered(tmp_path / "selection", [4, 3])
+    data = shard_data(str(tmp_path / "train"), selection=str(tmp_path / "selection"), workers=1)
     loader = data.val_dataloader()
     for _ in range(2):
         batches = list(loader)
         assert [len(batch["key"]) for batch in batches] == [3, 3, 1]
         assert [key for batch in batches for key in batch["key"]] == keys
-    assert shard_data(str(tmp_path)).val_dataloader() == []
+    assert shard_data(str(tmp_path / "train")).val_dataloader() == []
 
 
 def test_prepare_makes_the_shards(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from small import METHODS, batch, build
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from clipfix.evals.base import Benchmark
+from clipfix.evals.base import Benchmark, Scores
 from clipfix.results.selection import Selection
 from clipfix.training.checkpoints import load_repair
 from clipfix.training.weight_averaging import WiSE
@@ -29,9 +29,9 @@ class Looks(Benchmark):
     def __init__(self) -> None:
         self.shown: list[dict[str, Tensor]] = []
 
-    def score(self, features) -> dict[str, float]:
-        self.shown.append({name: p.detach().clone() for name, p in features.backbone.named_parameters()})
-        return {"score": -float(len(self.shown))}
+    def score(self, features) -> Scores:
+        self.shown.append({name: p.detach().clone() for name, p in features.model.named_parameters()})
+        return Scores({"score": -float(len(self.shown))})
 
 
 def fit(method, folder, steps: int, alpha: float | None, resume=None) -> list[dict[str, Tensor]]:

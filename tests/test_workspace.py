@@ -67,6 +67,28 @@ def test_the_workspace_is_sent_as_a_new_view(clipfix, monkeypatch, capsys, tmp_p
     assert not list(tmp_path.glob("outputs/*/*"))
 
 
+def test_what_a_new_method_logs_has_a_section_of_its_own(clipfix, monkeypatch, tmp_path):
+    """From the files of the runs in outputs/; names that a section is for already add none."""
+    run = tmp_path / "outputs" / "a" / "0"
+    images = run / "wandb" / "offline-run-1" / "files" / "media" / "images"
+    for name in ("mood/grid_5_970e98cf9d", "sketch/grid_7_0a1b2c", "report/scores_1_ff"):
+        (images / name).parent.mkdir(parents=True)
+        (images / f"{name}.png").touch()
+    (run / "metrics.csv").write_text("step,epoch,mood/high,train/loss,trainer/global_step\n1,0,1,1,1\n")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    with server() as (address, sent):
+        monkeypatch.setenv("WANDB_BASE_URL", address)
+        clipfix("eval=none")
+    sections = json.loads(sent[0]["spec"])["section"]["panelBankConfig"]["sections"]
+    panels = {each["name"]: [panel["config"] for panel in each["panels"]] for each in sections}
+    assert len(panels) == len(sections)
+    assert list(panels)[-2:] == ["mood", "sketch"]
+    assert panels["mood"][0]["metricRegex"] == "^mood/"
+    assert panels["mood"][1]["mediaKeys"] == ["mood/grid"]
+    assert [panel["mediaKeys"] for panel in panels["sketch"]] == [["sketch/grid"]]
+    assert "trainer" not in panels
+
+
 @pytest.mark.parametrize(
     ("arguments", "installed", "words"),
     [

@@ -10,12 +10,12 @@ from shards import photographs
 
 def test_diva_learns_the_same_from_stored_latents(clipfix, scenes):
     """Stored in half; the selection split has none, and its own are computed."""
-    settings = [scenes, *QUICK, *UNDRAWN, "eval=none", "diffusion.dtype=fp32", "trainer.val_check_interval=2"]
+    settings = [scenes, *QUICK, "eval=none", "diffusion.dtype=fp32", "trainer.val_check_interval=2"]
     clipfix("run=annotate", "annotator=latents", "annotator.output=stored", *settings)
     read = ["data.train=stored", "data.latents=latent.npz"]
     losses = []
     for extra in ([], read):
-        folder, _ = clipfix("method=diva", *UNSTAGED, *extra, *settings)
+        folder, _ = clipfix("method=diva", *UNSTAGED, *UNDRAWN, *extra, *settings)
         with (folder / "metrics.csv").open() as file:
             rows = list(csv.DictReader(file))
         losses.append({name: [float(row[name]) for row in rows if row[name]] for name in ("train/loss", "val/loss")})
@@ -23,7 +23,7 @@ def test_diva_learns_the_same_from_stored_latents(clipfix, scenes):
     assert losses[0]["val/loss"]
     for name, expected in losses[0].items():
         assert losses[1][name] == pytest.approx(expected, rel=1e-3)
-    message = refusal(clipfix, "method=diva", *UNSTAGED, *read, *settings, "diffusion.dtype=bf16")
+    message = refusal(clipfix, "method=diva", *UNSTAGED, *UNDRAWN, *read, *settings, "diffusion.dtype=bf16")
     assert "stored/train-00000.tar has latents of PatchPCA" in message
     assert "write them by run=annotate annotator=latents" in message
     assert "reads no stored latents" in refusal(clipfix, "method=finetune", *read, *settings)
@@ -46,7 +46,7 @@ def test_photographs_packed_by_img2dataset(picture, choices, clipfix, tmp_path, 
     run, _ = clipfix(
         *RUN, *DATA, "logger=wandb", "data=shards", *choices,
         "data.train=train", "data.selection=selection", "eval.shards=test",
-        "data.batch_size=2", "method.steps=2",
+        "data.batch_size=2", "method.steps=2", "report.pictures=true",
     )  # fmt: skip
     scores = json.loads((run / "results.json").read_text())["scores"]
     assert {value for name, value in scores["after"].items() if name.endswith("image_to_text_R@10")} == {100.0}

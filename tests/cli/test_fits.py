@@ -32,7 +32,13 @@ def fitted(scenes, tmp_path_factory):
 
     @cache
     def fit(method: str) -> tuple[Path, str]:
-        arguments = [*(DIVA if method == "diva" else [f"method={method}"]), scenes, *QUICK, "logger=wandb"]
+        arguments = [
+            *(DIVA if method == "diva" else [f"method={method}"]),
+            scenes,
+            *QUICK,
+            "logger=wandb",
+            "report.pictures=true",
+        ]
         arguments += [] if method in SCORED_WHOLE else FEWER
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
             patch.chdir(tmp_path_factory.mktemp(method))

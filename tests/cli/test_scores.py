@@ -8,7 +8,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
-from front_door import DIVA, FEWER, QUICK, UNDRAWN, UNSTAGED, WORLD, python_m_clipfix, refusal
+from front_door import DIVA, FEW, FEWER, QUICK, UNDRAWN, UNSTAGED, WORLD, python_m_clipfix, refusal
 from two_ranks import on_two_ranks
 
 from clipfix.__main__ import main

@@ -1,5 +1,7 @@
 """The front door: python -m clipfix run=compare."""
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,9 @@ from PIL import Image
 from runs import run
 from wandb_runs import stored
 
-from clipfix.__main__ import main, named
+from clipfix.__main__ import main
+from clipfix.cli.command import named
+from clipfix.results.record import Record
 from clipfix.results.workspace import workspace
 
 
@@ -46,6 +50,18 @@ def test_files_folders_and_globs_are_words_behind_the_verb(clipfix, tmp_path):
         "forgetting.png",
         "lengths.png",
     }
+
+
+def test_without_paths_the_last_two_runs_are_compared(clipfix, tmp_path):
+    """Whatever their names, and whatever earlier comparisons and runs without scores lie there."""
+    for age, name in enumerate(("z/new", "sweeps/a/0", "b/old")):
+        path = run(tmp_path / "outputs" / name, seed=age)
+        os.utime(path, (1_000_000 - age, 1_000_000 - age))
+    Record(scores={"before": {}, "after": {}}).write(tmp_path / "outputs" / "z")
+    printed = clipfix("run=compare", "logger=csv", "compare.resamples=20", "compare.examples=0")
+    assert re.findall(r"outputs/(\S+)$", printed, re.MULTILINE)[:2] == ["sweeps/a/0", "z/new"]
+    (page,) = tmp_path.glob("outputs/compare/*/report.html")
+    assert "diva tiny: 2 runs, seeds 0, 1." in page.read_text()
 
 
 def test_pictures_go_to_wandb(tmp_path):

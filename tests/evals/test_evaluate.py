@@ -19,7 +19,7 @@ from planted import Planted, write_shard
 from clipfix.data import scenes
 from clipfix.data.sets import Source
 from clipfix.evals import outcomes
-from clipfix.evals.base import Benchmark, evaluate
+from clipfix.evals.base import Benchmark, Scores, evaluate, percentages
 from clipfix.evals.features import scoring
 from clipfix.evals.retrieval import Retrieval
 from clipfix.models.clip import Backbone
@@ -45,12 +45,26 @@ class Rude(Benchmark):
     """Draws from every random stream there is."""
 
     def score(self, features):
-        return {"sum": random.random() + np.random.rand() + torch.rand(()).item()}
+        return Scores({"sum": random.random() + np.random.rand() + torch.rand(()).item()})
 
 
 def test_names(backbone, benchmark):
-    scores = evaluate(backbone, {"retrieval": benchmark})
+    scores = percentages(evaluate(backbone, {"retrieval": benchmark}))
     assert set(scores) == {f"eval/retrieval/{m}" for m in ("mean", "image_to_text_R@1", "text_to_image_R@1")}
+
+
+def test_scorings_do_not_depend_on_one_another(backbone, benchmark):
+    """Neither on how many there were, nor on their order: a benchmark keeps nothing of them."""
+    other = Planted(backbone.images.flip(0), dict(zip(backbone.words, backbone.vectors, strict=True)))
+    kept = copy.deepcopy(vars(benchmark))
+    first, second, again = (evaluate(one, {"it": benchmark})["it"] for one in (backbone, other, backbone))
+    assert first.values == again.values != second.values
+    assert vars(benchmark).keys() == kept.keys()
+    texts = [
+        [text.get_text() for axis in benchmark.figure(["a", "b"], pair).axes for text in axis.texts]
+        for pair in ([first, second], [second, first], [again, second])
+    ]
+    assert texts[0] == texts[2] != texts[1]
 
 
 def test_nothing_changes(backbone, benchmark):
@@ -97,7 +111,7 @@ def test_texts_are_embedded_once_for_a_tower_that_stays(clip_folder, monkeypatch
             whole = features.texts(["a fish in the sea", "a bird", "a fish in the sea"], at_most=99)
             assert torch.equal(whole[0], whole[2])
             assert not torch.allclose(whole[0], cut[0])
-            return {"sum": float(whole.sum())}
+            return Scores({"sum": float(whole.sum())})
 
     torch.nn.init.normal_(backbone.text.get_parameter("token_embedding.weight"))
     texts = {}
@@ -123,7 +137,7 @@ def test_autocast_and_dropout_do_not_reach_the_features(backbone):
 def test_bf16_weights_are_scored_in_fp32_and_stay_bf16(backbone):
     with scoring(backbone.to(torch.bfloat16)) as features:
         assert features.texts(backbone.words).dtype == torch.float32
-        assert features.backbone.dtypes == {torch.float32}
+        assert features.model.dtypes == {torch.float32}
     assert backbone.layer.weight.dtype == torch.bfloat16
 
 
@@ -149,7 +163,7 @@ class Method(L.LightningModule):
 
     def __init__(self, backbone):
         super().__init__()
-        self.backbone = backbone
+        self.backbone = self.scored = backbone
 
     def training_step(self, batch):
         return (self.backbone.encode_text(batch[:, None]) - 1).pow(2).mean()
@@ -202,7 +216,7 @@ class Told(Benchmark):
 
     def score(self, features):
         self.asked.append(features)
-        return self.scores
+        return Scores(self.scores)
 
 
 def test_selection_draws_curves_from_before_training_on(backbone, benchmark, tmp_path):
@@ -274,13 +288,14 @@ def test_the_drawn_world_is_scored_on_every_factor_and_pattern(tmp_path, clip_fo
     )()
     cfg = OmegaConf.create({"eval": OmegaConf.load(CONF / "scenes.yaml"), "data": {"prepare": {"root": str(root)}}})
     benchmarks = instantiate(cfg.eval.benchmarks)
-    scores = evaluate(Backbone(clip_folder, pretrained="random"), benchmarks)
+    scored = evaluate(Backbone(clip_folder, pretrained="random"), benchmarks)
+    scores = percentages(scored)
     counts = Counter(name.split("/")[1] for name in scores)
     retrieval = dict.fromkeys(("retrieval_short", "retrieval_long", "retrieval_long_alike"), 7)
     assert counts == {"pairs": 11, "pairs_local": 11, "zeroshot": 2, "probes": 13, **retrieval, "lengths": 5}
     assert all(0 <= score <= 100 for score in scores.values())
     # Each percentage again, from what every item got, written and read.
-    outcomes.save(tmp_path, ["score"], {name: benchmark.outcomes for name, benchmark in benchmarks.items()})
+    outcomes.save(tmp_path, ["score"], {name: [one.outcomes] for name, one in scored.items()})
     recorded = outcomes.load(tmp_path / outcomes.FILE)["score"]
     for name, score in scores.items():
         _, benchmark, metric = name.split("/")

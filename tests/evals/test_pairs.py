@@ -142,11 +142,12 @@ def test_both_rules_score_side_by_side_and_each_embeds_once(shard):
     plain = Pairs(shard, prefix="a photo of ")
     local = Pairs(shard, prefix="a photo of ", local={"tokens": None, "normalized": False, "seed": 0})
     with scoring(backbone) as features:
-        assert [plain.score(features)["text"] for _ in range(2)] == [100, 100]
+        assert [plain.score(features).values["text"] for _ in range(2)] == [100, 100]
         for _ in range(2):
-            assert local.score(features)["orientation_and_direction"] == pytest.approx(200 / 3)
+            scores = local.score(features)
+            assert scores.values["orientation_and_direction"] == pytest.approx(200 / 3)
     assert backbone.seen == 16
-    assert local.figure(["score"]) is None
+    assert local.figure(["score"], [scores]) is None
 
 
 def test_on_a_real_tower_it_is_the_sum_of_its_tokens(tmp_path, clip_folder):

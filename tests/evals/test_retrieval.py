@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from clipfix.evals import ranking
+from clipfix.evals.features import scoring
 from clipfix.evals.lengths import Lengths
 from clipfix.evals.ranking import ranks
 from clipfix.evals.retrieval import Retrieval, both_ways, without_shared_beginning
@@ -129,11 +130,13 @@ def test_lengths_ask_with_the_beginning_of_each_caption(tmp_path):
     texts |= {"a": eye[0] + 0.9 * eye[1], "b": eye[2] + 0.9 * eye[3]}
     ask = Lengths(shard, {"key": "txt", "pick": "one"}, tokens=[4, 3, 77])
     # Cut to one word, the two captions of a half are the same: either way finds one of two.
-    scores = ask(Planted(eye, texts))
+    with scoring(Planted(eye, texts)) as features:
+        scored = ask.score(features)
+    scores = scored.values
     assert scores["4_tokens_R@1"] == scores["77_tokens_R@1"] == 100
     assert list(scores) == ["3_tokens_R@1", "4_tokens_R@1", "77_tokens_R@1"]
     assert scores["3_tokens_R@1"] == pytest.approx(50)
-    (axis,) = ask.figure(["before"]).axes
+    (axis,) = ask.figure(["before"], [scored]).axes
     assert axis.lines[0].get_xydata().tolist() == [[3, 50], [4, 100], [77, 100]]
     with pytest.raises(ValueError, match="tokens"):
         Lengths(shard, {"key": "txt", "pick": "one"}, tokens=[2])

@@ -20,7 +20,7 @@ import clipfix.__main__  # noqa: F401  what yaml may ask for
 from clipfix.data.sets import Labelled, present
 from clipfix.data.sets.mmvp import PATTERNS as MMVP_PATTERNS
 from clipfix.data.sets.mmvp import SPELLINGS
-from clipfix.evals.base import Benchmark, evaluate
+from clipfix.evals.base import Benchmark, evaluate, percentages
 from clipfix.evals.classification import Classification
 from clipfix.evals.features import scoring
 from clipfix.evals.foils import Foils
@@ -97,9 +97,9 @@ def test_planted_answers(name, tmp_path):
     truth = getattr(layouts, name)(tmp_path)
     found = there(benchmarks(tmp_path, name))
     assert set(BLIND[name]) == set(found) - {"mmvp_local"}  # by a rule of its own: tests/evals/test_pairs.py
-    perfect = evaluate(planted(truth), found)
-    reversed_ = evaluate(planted(truth, sign=-1), found)
-    blind = evaluate(planted(truth, images=torch.ones(PICTURES, PICTURES)), found)
+    perfect = percentages(evaluate(planted(truth), found))
+    reversed_ = percentages(evaluate(planted(truth, sign=-1), found))
+    blind = percentages(evaluate(planted(truth, images=torch.ones(PICTURES, PICTURES)), found))
     assert all(Path(file).is_file() for benchmark in found.values() for file in benchmark.shards.files())
     for benchmark, expected in BLIND[name].items():
         metrics = {key for key in perfect if key.startswith(f"eval/{benchmark}/") and not key.endswith("/ties")}
@@ -153,7 +153,7 @@ def test_mmvp_has_many_spellings(pictures, blank, tmp_path):
 def test_pictures_that_several_sets_share_are_embedded_once(tmp_path):
     truth = layouts.sugarcrepe(tmp_path) | layouts.coco(tmp_path) | layouts.flickr30k(tmp_path)
     backbone = planted(truth)
-    scores = evaluate(backbone, there(benchmarks(tmp_path, "coco", "flickr30k", "sugarcrepe")))
+    scores = percentages(evaluate(backbone, there(benchmarks(tmp_path, "coco", "flickr30k", "sugarcrepe"))))
     assert {score for name, score in scores.items() if not name.endswith("ties")} == {100}
     assert backbone.seen == 12 + 12 + 24
 
@@ -161,9 +161,9 @@ def test_pictures_that_several_sets_share_are_embedded_once(tmp_path):
 def test_the_figures_show_pictures_from_their_files(tmp_path):
     truth = layouts.mmvp(tmp_path) | layouts.coco(tmp_path)
     found = there(benchmarks(tmp_path, "mmvp", "coco"))
-    evaluate(planted(truth), found)
-    assert len(found["mmvp"].figure(["score"]).axes) >= 4
-    assert len(found["coco_val2017"].figure(["score"]).axes) == 12
+    scored = evaluate(planted(truth), found)
+    assert len(found["mmvp"].figure(["score"], [scored["mmvp"]]).axes) >= 4
+    assert len(found["coco_val2017"].figure(["score"], [scored["coco_val2017"]]).axes) == 12
 
 
 # -- what is not there, or not as it should be -------------------------------------------------------------------------

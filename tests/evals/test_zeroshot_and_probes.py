@@ -62,6 +62,14 @@ def test_probes_read_what_is_there_in_any_direction_and_nothing_else(shard):
     assert blind["colour"] < 75
 
 
+def test_a_probe_answers_as_it_was_fitted(shard, tmp_path):
+    """On another split each colour has the picture of the next one, so what is learned there is wrong here."""
+    others = write_shard(tmp_path / "fit.tar", [record(COLOURS[(i + 1) % 3]) for i in range(60)])
+    backbone = planted(0, lambda i: i % 3)
+    assert Probes(shard, shard, ["colour"], alphas=[1.0])(backbone)["colour"] == 100
+    assert Probes(others, shard, ["colour"], alphas=[1.0])(backbone)["colour"] == 0
+
+
 def test_a_probe_that_knows_one_class_scores_chance_however_frequent_it_is(tmp_path):
     colours = ["red"] * 50 + ["green"] * 5
     shard = write_shard(tmp_path / "test.tar", [record(colour) for colour in colours])

@@ -24,7 +24,7 @@ from clipfix import PACKAGE
 from clipfix.data.decoding import in_unit_range
 from clipfix.data.module import ShardData
 from clipfix.data.needs import Needs
-from clipfix.evals.base import evaluate
+from clipfix.evals.base import evaluate, percentages
 from clipfix.evals.features import scoring
 from clipfix.evals.retrieval import Retrieval
 from clipfix.functional.contrastive import contrastive_loss
@@ -252,13 +252,13 @@ def test_scores_are_fp32_whatever_surrounds_them(tmp_path) -> None:
     numbered(tmp_path / "shards", [12])
     backbone = Backbone(str(PACKAGE / "tiny" / "clip"))
     benchmark = Retrieval(str(tmp_path / "shards"), {"key": "txt", "pick": "one"}, recall_at=[1, 5])
-    here = evaluate(backbone, {"retrieval": benchmark})
+    here = percentages(evaluate(backbone, {"retrieval": benchmark}))
     backbone.cuda()
     pictures = torch.rand(3, 3, 64, 64)
     torch.set_float32_matmul_precision("high")
     try:
         with torch.autocast("cuda", torch.bfloat16):
-            there = evaluate(backbone, {"retrieval": benchmark})
+            there = percentages(evaluate(backbone, {"retrieval": benchmark}))
             with scoring(backbone):
                 features = backbone.encode_image(pictures.cuda())
     finally:

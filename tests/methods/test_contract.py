@@ -60,12 +60,15 @@ def test_loss_is_named_finite_terms_and_reaches_every_trained_weight(method):
     assert all(p.grad is None for p in method.parameters() if not p.requires_grad)
 
 
-def test_loss_repeats_for_the_same_draws(method):
+def test_loss_repeats_for_the_same_draws_and_differs_for_others(method):
     values = []
     for step in (0, 0, 1):
         method.seed_draws(step)
+        fresh = method.generator.get_state()
         values.append(torch.stack(list(method.loss(batch(4)).values())).sum().item())
+    draws = not torch.equal(method.generator.get_state(), fresh)
     assert values[0] == values[1]
+    assert (values[2] != values[0]) == draws
 
 
 def test_frozen_is_bit_identical_and_trained_moves(method, tmp_path):

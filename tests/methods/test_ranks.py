@@ -5,8 +5,6 @@ are never uneven: the stream of each rank has no end (tests/test_stream.py). Wit
 """
 
 from contextlib import nullcontext
-from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -135,21 +133,18 @@ def worker(rank: int, clip_folder: str, generator_folder: str, folder: str, runs
 
 
 @pytest.fixture(scope="module")
-def together(clip_folder, generator_folder, tmp_path_factory):
+def together(request, clip_folder, generator_folder, tmp_path_factory):
     """(case, ranks, kind) -> loss, gradients and movements of one rank and of several.
 
-    Four processes do them all, forked to import nothing; the slow ones when the first of them is asked for.
+    Four processes do all that the chosen tests ask for, forked so that they import nothing.
     """
-
-    @cache
-    def made(slow: bool) -> Path:
-        folder = tmp_path_factory.mktemp("ranks")
-        arguments = (clip_folder, generator_folder, str(folder), SLOW if slow else RUNS)
-        mp.start_processes(worker, arguments, nprocs=4, start_method="fork")
-        return folder
+    folder = tmp_path_factory.mktemp("ranks")
+    asked = [item.callspec.params for item in request.session.items if item.path == request.path]
+    runs = [(params["name"], params["ranks"], params["kind"]) for params in asked]
+    arguments = (clip_folder, generator_folder, str(folder), runs)
+    mp.start_processes(worker, arguments, nprocs=4, start_method="fork")
 
     def found(name: str, ranks: int, kind: str) -> list[dict[str, Any]]:
-        folder = made((name, ranks, kind) in SLOW)
         files = (f"{name}-1-one.pt", f"{name}-{ranks}-{kind}.pt")
         return [torch.load(folder / file, weights_only=True) for file in files]
 

@@ -1,4 +1,4 @@
-"""A backbone whose every embedding is written by the test, and shards to go with it."""
+"""A model whose every embedding is written by the test, and shards to go with it."""
 
 from pathlib import Path
 from typing import Any
@@ -8,19 +8,19 @@ from PIL import Image
 from shards import encoded, pack
 from torch import Tensor, nn
 
-from clipfix.models.clip import Backbone
+from clipfix.models.base import Model
 
 PATCHES = 5
 
 
-class Planted(Backbone):
+class Planted(Model):
     """Picture i is `images[i]`, a text is `texts[text]`; both pass an identity layer and dropout, as if it trained."""
 
     image_size = 8
     context_length = 248
 
     def __init__(self, images: Tensor, texts: dict[str, Tensor]) -> None:
-        nn.Module.__init__(self)
+        super().__init__()
         self.words = list(texts)
         self.images, self.vectors = images, torch.stack(list(texts.values()))
         self.layer = nn.Linear(images.shape[1], images.shape[1], bias=False)
@@ -45,6 +45,13 @@ class Planted(Backbone):
         """One token a text, its number; a cut leaves the first words, which must be a text of their own."""
         cut = [" ".join(text.split()[: at_most and at_most - 2]) for text in texts]
         return torch.tensor([[self.words.index(text)] for text in cut])
+
+    @property
+    def text(self) -> nn.Module:
+        return self.layer
+
+    def load_trained(self, state: Any) -> None:
+        raise NotImplementedError
 
     def _embed(self, vectors: Tensor) -> Tensor:
         out = self.dropout(self.layer(vectors.to(self.layer.weight.dtype)))

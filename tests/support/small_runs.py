@@ -13,7 +13,7 @@ STEPS = 6
 WORLD = {"train": 64, "selection": 16, "test": 16, "pairs_train": 1, "pairs_selection": 2, "pairs_test": 2}
 RUN = [
     "method=finetune", "logger=csv", "trainer=cpu", "eval=none", "trainer.val_check_interval=2",
-    f"method.steps={STEPS}", "method.schedule.warmup_steps=1",
+    "report.pictures=false", f"method.steps={STEPS}", "method.schedule.warmup_steps=1",
     "data.batch_size=8", "data.workers=0", "data.shuffle=16", "data.prepare.processes=1",
     *(f"data.prepare.{name}={size}" for name, size in WORLD.items()),
 ]  # fmt: skip

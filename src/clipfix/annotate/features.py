@@ -31,7 +31,7 @@ class Features(Annotator):
 
     def annotate(self, raws: list[Raw], inputs: dict[str, Any]) -> list[dict[str, bytes]]:
         with scoring(self.backbone) as clip:
-            images = embed_images(clip.backbone, inputs["images"]).half().cpu().numpy()
+            images = embed_images(clip.model, inputs["images"]).half().cpu().numpy()
             rows = clip.texts([text for texts in inputs["texts"] for text in texts]).half().cpu()
         parts = rows.split([len(texts) for texts in inputs["texts"]])
         members = []

@@ -85,10 +85,18 @@ def recipe_or(group: str, recipe: str, default: str) -> str:
     return recipe if (CONF / group / f"{recipe}.yaml").is_file() else default
 
 
-def wandb_mode() -> str:
-    """W&B goes online where somebody is logged in, and asks nobody anything elsewhere; WANDB_MODE has the last word."""
+def quiet_wandb() -> None:
+    """Keep W&B from printing more than errors in this process: the end of the screen is for the scores."""
     import wandb
 
+    wandb.setup(settings=wandb.Settings(quiet=True, show_info=False, show_warnings=False))
+
+
+def wandb_mode() -> str:
+    """Return "online" where somebody is logged in to W&B, else "offline", without a prompt; WANDB_MODE overrides it."""
+    import wandb
+
+    quiet_wandb()
     return os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
 
 

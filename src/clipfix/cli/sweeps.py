@@ -14,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from clipfix import CONF
+from clipfix.results.record import FILE, Record
 
 # Launchers and sweepers of hydra that are packages of their own.
 PLUGINS = {
@@ -117,7 +118,7 @@ def draw(config: Any, trial: Any) -> None:
 
 def side_by_side(sweep: Path) -> None:
     """The results of a sweep as run=compare shows them, where more than one of its jobs has some."""
-    scored = [path for path in sweep.glob("*/results.json") if '"eval/' in path.read_text()]
+    scored = [path for path in sweep.glob(f"*/{FILE}") if Record.read(path).has_scores]
     found = [str(path) for path in sorted(scored, key=lambda path: int(path.parent.name))]
     if len(found) < 2:
         return

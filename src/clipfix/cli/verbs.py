@@ -1,141 +1,171 @@
-"""What a run may do, one function a verb: build from the config, work, leave something behind.
+"""The verbs of `run=...`, one function each: build from the config, work, leave something behind.
 
 Heavy libraries are imported inside the verbs: `--help`, `--cfg job` and a mistyped key must answer at once.
 """
 
-import logging
+import copy
 import os
 import signal
 import sys
-import time
-import warnings
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import InterpolationResolutionError
+from hydra.utils import get_class, instantiate
+from omegaconf import OmegaConf
 
 from clipfix import CONF
-from clipfix.cli.resolvers import wandb_mode
+from clipfix.cli.resolvers import quiet_wandb, wandb_mode
+from clipfix.cli.run import Run, shareable
 from clipfix.cli.sweeps import judged, refuse_in_sweep
 from clipfix.results import identity
-from clipfix.system import ranks
-from clipfix.system.secrets import without_secrets
-
-# Warnings about what is meant to be so, which would push the table off the screen.
-HARMLESS = (
-    r"Found \d+ module\(s\) in eval mode",  # frozen models rest in eval mode
-    r"`isinstance\(treespec, LeafSpec\)`",  # between Lightning and torch
-    r"Total length of `list` across ranks is zero",  # a run without a selection split
-    r"You defined a `validation_step` but have no",  # the same
-    r"Checkpoint directory .* exists and is not empty",  # a resumed run
-    r"y_pred contains classes not in y_true",  # a probe on a small test split
-    r"WebDataset\(shardshuffle=...\) is None",  # clip_benchmark reads in order, and means to
-)
 
 
-def fit(cfg: DictConfig, folder: Path) -> float | None:
-    """Score, train, score what the selection split prefers, report; a sweep that asks for it gets the score there."""
-    started = time.perf_counter()
-    backbone, benchmarks = build(cfg)
-    from lightning.pytorch.utilities.exceptions import SIGTERMException
+def fit(run: Run) -> float | None:
+    """Score, train, score the checkpoint that the selection split prefers, report.
 
-    from clipfix.results import provenance, report
+    Return its selection score to a sweep that is judged by it.
+    """
+    run.check_report()
+    benchmarks, backbone = run.benchmarks, run.backbone  # in this order: missing data is named before torch is imported
     from clipfix.results.before_after import BeforeAfter
-    from clipfix.training.checkpoints import checkpoint_to_resume, load_repair
-    from clipfix.training.weight_averaging import WiSE
+    from clipfix.training.checkpoints import load_repair
 
-    rated = BeforeAfter(backbone, benchmarks)
-    callbacks = dict(instantiate(cfg.callbacks)) | selection(cfg, folder) | {"before_after": rated}
-    if cfg.wise is not None:
-        callbacks["wise"] = WiSE(cfg.wise)
-    if judged() and "best" not in callbacks:
-        raise ValueError("A sweep by Optuna is judged by the selection split: set data.selection and eval.selection.")
-    loggers = list(instantiate(cfg.logger).values())
-    trainer = instantiate(cfg.trainer, callbacks=[c for c in callbacks.values() if c is not None], logger=loggers)
+    original = copy.deepcopy(backbone)  # a method may rebuild its own (Long-CLIP, LoRA)
+    scorer = BeforeAfter(run.method.wrap(original), benchmarks)
+    callbacks = callbacks_of(run, scorer)
+    trainer = instantiate(
+        run.config.trainer, callbacks=[one for one in callbacks.values() if one is not None], logger=run.loggers
+    )
     refuse_in_sweep(trainer.strategy)
-
-    method, data = method_and_data(cfg, backbone)  # missing shards are named before anything is scored
-    method.config_yaml = OmegaConf.to_yaml(shareable(cfg))
-    watched = callbacks["selection"].benchmarks.values() if "selection" in callbacks else ()
-    chosen_by = [source for benchmark in watched for source in benchmark.sources().values()]
-    seen = {"data.train": [data.train], "data.selection": [data.selection], "eval.selection": chosen_by}
-    provenance.check_splits(benchmarks, seen)
-
+    chosen = train(run, trainer, callbacks)
+    step = load_repair(scorer.model, chosen)["global_step"]
+    scorer.score("after", trainer)
     if trainer.is_global_zero:
-        (folder / "config.yaml").write_text(method.config_yaml)
-        report.describe(config_and_choices(cfg), loggers)
-    try:
-        trainer.fit(method, data, ckpt_path=checkpoint_to_resume(cfg.resume, folder), weights_only=True)
-    except SIGTERMException:
-        print(f"Asked to stop, and saved after step {trainer.global_step}: resume=auto goes on.")
-        sys.exit(128 + signal.SIGTERM)  # Lightning's own code says that all went well
-
-    last = folder / "checkpoints" / "last.ckpt"
-    trainer.save_checkpoint(last)
-    best = callbacks["best"].best_model_path if "best" in callbacks else ""
-    # A run of no steps never asked which is best: it shows what a method changes at once.
-    chosen = trainer.strategy.broadcast(best or str(last))
-    step = load_repair(rated.backbone, chosen)["global_step"]
-    rated.rate("after", trainer)
-    if trainer.is_global_zero:
-        facts = rated.facts | {"backbone": choice("backbone")} | identity.repair(cfg) | identity.asked(cfg)
-        facts |= {"weights": rated.weights, "precision": {"scores": "fp32", "training": cfg.trainer.precision}}
-        seconds = time.perf_counter() - started
-        facts |= {"checkpoint": os.path.relpath(chosen, folder), "step": step, "seed": cfg.seed, "seconds": seconds}
-        report.write(folder, rated.scores, benchmarks, facts, loggers)
+        run.finish(
+            scorer.scored, scorer.facts, run.config, weights=scorer.weights, step=step, loggers=run.loggers,
+            checkpoint=os.path.relpath(chosen, run.folder),
+            precision={"scores": "fp32", "training": run.config.trainer.precision},
+        )  # fmt: skip
     return float(callbacks["best"].best_model_score) if judged() else None
 
 
-def score(cfg: DictConfig, folder: Path) -> None:
+def callbacks_of(run: Run, scorer: Any) -> dict[str, Any]:
+    """Return the callbacks of a fit by name: the config's, selection and its best checkpoint, `scorer`, WiSE."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from clipfix.results.selection import Selection
+    from clipfix.training.weight_averaging import WiSE
+
+    cfg = run.config
+    callbacks = dict(instantiate(cfg.callbacks))
+    if cfg.eval.selection and cfg.data.selection is not None:
+        metric = cfg.eval.selection_metric
+        callbacks["selection"] = Selection(instantiate(cfg.eval.selection), metric)
+        callbacks["best"] = ModelCheckpoint(
+            run.folder / "checkpoints", filename="best", monitor=f"selection/{metric}", mode="max"
+        )
+    elif judged():
+        raise ValueError("A sweep by Optuna is judged by the selection split: set data.selection and eval.selection.")
+    callbacks["before_after"] = scorer
+    if cfg.wise is not None:
+        callbacks["wise"] = WiSE(cfg.wise)
+    return callbacks
+
+
+def train(run: Run, trainer: Any, callbacks: dict[str, Any]) -> str:
+    """Train, and return the checkpoint to score: the best by the selection split, or else the last."""
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    from clipfix.results import provenance, report
+    from clipfix.training.checkpoints import checkpoint_to_resume
+
+    method, data = run.method, run.data  # missing shards are named before anything is scored
+    method.config_yaml = OmegaConf.to_yaml(shareable(run.config))
+    watched = callbacks["selection"].benchmarks.values() if "selection" in callbacks else ()
+    chosen_by = [source for benchmark in watched for source in benchmark.sources().values()]
+    seen = {"data.train": [data.train], "data.selection": [data.selection], "eval.selection": chosen_by}
+    provenance.check_splits(run.benchmarks, seen)
+    if trainer.is_global_zero:
+        (run.folder / "config.yaml").write_text(method.config_yaml)
+        report.describe(run.config_and_choices(), run.loggers)
+    try:
+        resumed = checkpoint_to_resume(run.config.resume, run.folder)
+        trainer.fit(method, data, ckpt_path=resumed, weights_only=True)
+    except SIGTERMException:
+        print(f"Asked to stop, and saved after step {trainer.global_step}: resume=auto goes on.")
+        sys.exit(128 + signal.SIGTERM)  # Lightning's own code says that all went well
+    last = run.folder / "checkpoints" / "last.ckpt"
+    trainer.save_checkpoint(last)
+    # With `method.steps=0` there is no best checkpoint; the last one is scored.
+    best = callbacks["best"].best_model_path if "best" in callbacks else ""
+    return trainer.strategy.broadcast(best or str(last))
+
+
+def score(run: Run) -> None:
     """Score the backbone, or a checkpoint of an earlier run, without training."""
-    started = time.perf_counter()
-    backbone, benchmarks = build(cfg)
+    run.check_report()
+    benchmarks, backbone, cfg = run.benchmarks, run.backbone, run.config
     from lightning.fabric import Fabric
 
     from clipfix.evals.base import evaluate
     from clipfix.models.clip import weights_hash
-    from clipfix.results import provenance, report
-    from clipfix.training.checkpoints import load_repair
+    from clipfix.results import provenance
+    from clipfix.training.checkpoints import load_repair, read_checkpoint
 
     if cfg.data.get("prepare") and cfg.data.prepare.root in str(identity.asked(cfg)):  # a benchmark reads what it makes
         instantiate(cfg.data.prepare)()
-    repair = load_repair(backbone, cfg.checkpoint) if cfg.checkpoint else {}
+    saved = read_checkpoint(cfg.checkpoint) if cfg.checkpoint else {}
+    trained: Any = identity.stored(saved.get("config_yaml"))
+    model = wrapped(backbone, trained) if trained else backbone
+    if saved:
+        load_repair(model, cfg.checkpoint)
     fabric = Fabric(**{key: cfg.trainer[key] for key in ("accelerator", "devices", "num_nodes") if key in cfg.trainer})
     refuse_in_sweep(fabric.strategy)
     fabric.launch()
-    scores = {"score": evaluate(backbone.to(fabric.device), benchmarks)}
+    scored = {"score": evaluate(model.to(fabric.device), benchmarks)}
     if fabric.is_global_zero:
-        facts = provenance.facts(backbone, benchmarks)
-        trained = identity.stored(repair.get("config_yaml"))
-        facts |= {"backbone": choice("backbone")} | identity.repair(trained) | identity.asked(cfg)
-        facts |= {"weights": {"score": weights_hash(backbone.model)}, "precision": {"scores": "fp32"}}
-        facts |= {"checkpoint": cfg.checkpoint, "seed": cfg.seed, "seconds": time.perf_counter() - started}
-        report.write(folder, scores, benchmarks, facts)
-    fabric.barrier()  # who is done tidies the folder up, while it is empty
+        run.finish(
+            scored, provenance.facts(backbone, benchmarks), trained, step=saved.get("global_step"),
+            weights={"score": weights_hash(model.weights)}, checkpoint=cfg.checkpoint, precision={"scores": "fp32"},
+        )  # fmt: skip
+    fabric.barrier()  # a rank that is done removes the folder while it is empty
 
 
-def compare(cfg: DictConfig, folder: Path) -> None:
-    """Results of earlier runs side by side: a table, pictures and report.html. No model is loaded."""
+def wrapped(backbone: Any, trained: Any) -> Any:
+    """Return the model that the method of an earlier run scores, around a backbone, before its weights are loaded."""
+    from clipfix.methods.base import Method
+
+    method: Any = get_class(trained.method._target_)
+    if method.wrap is Method.wrap:  # as most have it: no generator is loaded for nothing
+        return backbone
+    return instantiate(trained.method, backbone=backbone).wrap(backbone)
+
+
+def compare(run: Run) -> None:
+    """Show the results of earlier runs side by side: a table, pictures and report.html. No model is loaded."""
     from clipfix.results.compare import compare
+    from clipfix.results.compare.results import newest
 
     published: Any = OmegaConf.to_container(OmegaConf.load(CONF / "published.yaml"))
-    pictures = compare(folder, cfg.seed, published, **cfg.compare)
-    if cfg.logger.get("wandb"):  # Lightning and W&B take seconds to import: after the table is read
+    settings: Any = OmegaConf.to_container(run.config.compare)
+    if not settings["results"] and len(last := newest(Path("outputs"), 2)) == 2:
+        settings["results"] = [str(path) for path in last]
+        print("The last two runs:", *(f"  {path.parent}" for path in last), sep="\n")
+    pictures = compare(run.folder, run.config.seed, published, **settings)
+    if run.config.logger.get("wandb"):  # Lightning and W&B take seconds to import: after the table is read
         from clipfix.results import report
 
-        logger = instantiate(cfg.logger.wandb, name="compare", group="compare")
-        report.describe({"compare": OmegaConf.to_container(cfg.compare)}, [logger])
+        quiet_wandb()
+        logger = instantiate(run.config.logger.wandb, name="compare", group="compare")
+        report.describe({"compare": settings}, [logger])
         for path in pictures:
             report.show(f"compare/{path.stem}", path, [logger])
 
 
-def workspace(cfg: DictConfig, folder: Path) -> None:
-    """Save the W&B workspace that clipfix/workspace.py defines, for the benchmarks of `eval`, as a new view."""
+def workspace(run: Run) -> None:
+    """Save the W&B workspace that results/workspace.py defines, for the benchmarks of `eval`, as a new view."""
+    cfg = run.config
     if "wandb" not in cfg.logger:
         raise ValueError("run=workspace is saved to W&B: leave logger=wandb as it is.")
     if find_spec("wandb_workspaces") is None:
@@ -144,42 +174,46 @@ def workspace(cfg: DictConfig, folder: Path) -> None:
         raise ValueError("W&B is offline here, and run=workspace saves to it: `wandb login`, or set WANDB_API_KEY.")
     import wandb
 
-    from clipfix.results.workspace import workspace
+    from clipfix.results.workspace import logged_here, workspace
 
     to, watched = cfg.logger.wandb, list(cfg.eval.selection or ())
     if not (entity := to.entity or wandb.Api().default_entity):
         raise ValueError("W&B knows no default entity of yours: name a user or team, as in logger.wandb.entity=...")
-    view = workspace(entity, to.project, list(cfg.eval.benchmarks), watched, cfg.eval.selection_metric)
+    logged = logged_here(Path("outputs"))
+    view = workspace(entity, to.project, list(cfg.eval.benchmarks), watched, cfg.eval.selection_metric, logged)
     print(f"Workspace: {view.save().url}")
 
 
-def prepare(cfg: DictConfig, folder: Path) -> None:
+def prepare(run: Run) -> None:
     """Make the shards of `data`, without training on them."""
-    if cfg.data.get("prepare") is None:
-        raise ValueError(f"data={choice('data')} has nothing to prepare, its data.prepare is null: try data=sharegpt4v")
-    print(f"Shards are in {instantiate(cfg.data.prepare)()}")
+    prepare, choice = run.config.data.prepare, run.choices["data"]
+    if prepare is None:
+        raise ValueError(f"data={choice} has nothing to prepare, its data.prepare is null: try data=sharegpt4v")
+    print(f"Shards are in {instantiate(prepare)()}")
 
 
-def thresholds(cfg: DictConfig, folder: Path) -> None:
-    """What the frozen reference of a method that mines says of the data, and the thresholds that follow from it."""
-    if "mining" not in cfg.method:
+def thresholds(run: Run) -> None:
+    """Survey the data by the frozen reference of a method that mines positives, and suggest thresholds."""
+    if "mining" not in run.config.method:
         raise ValueError(
-            f"run=thresholds is for methods that mine positives. method={choice('method')} does not: try method=fff"
+            "run=thresholds is for methods that mine positives. "
+            f"method={run.choices['method']} does not: try method=fff"
         )
     import torch
 
     from clipfix.annotate.survey import survey
 
-    method, data = method_and_data(cfg, start(cfg))
-    survey(method.to("cuda" if torch.cuda.is_available() else "cpu"), data, folder, **cfg.survey)
+    method, data = run.method, run.data
+    survey(method.to("cuda" if torch.cuda.is_available() else "cpu"), data, run.folder, **run.config.survey)
 
 
-def annotate(cfg: DictConfig, folder: Path) -> None:
+def annotate(run: Run) -> None:
     """Write the shards of `data.train` anew, with what a frozen model says of each sample."""
     from clipfix.annotate import annotate, plan, summarize
 
-    settle(cfg)
-    if cfg.data.get("prepare"):
+    run.seed_and_check()
+    cfg = run.config
+    if cfg.data.prepare:
         instantiate(cfg.data.prepare)()
     work = plan(cfg.data.train, cfg.annotator.output, shareable(cfg.annotator), cfg.data.allow_pipe)
     if work.missing:
@@ -190,12 +224,13 @@ def annotate(cfg: DictConfig, folder: Path) -> None:
     summarize(work)
 
 
-def export(cfg: DictConfig, folder: Path) -> None:
+def export(run: Run) -> None:
     """Write a model, repaired by a checkpoint or as it is, in the folders that other libraries load."""
     from clipfix import export as exporting
     from clipfix.export.about import about
     from clipfix.training.checkpoints import load_repair, read_checkpoint
 
+    cfg = run.config
     to = [cfg.export.to] if isinstance(cfg.export.to, str) else list(cfg.export.to or ())
     if cfg.export.output is None:
         raise ValueError("export.output=null says no place: give a folder, or leave it out for one in outputs/.")
@@ -204,10 +239,9 @@ def export(cfg: DictConfig, folder: Path) -> None:
     exporting.check(**settings)
     saved = read_checkpoint(cfg.checkpoint) if cfg.checkpoint else {}
     trained = identity.stored(saved.get("config_yaml"))
-    words = HydraConfig.get().overrides.task
-    asked_for = any(word.lstrip("+~").partition("=")[0].partition(".")[0] == "backbone" for word in words)
-    chosen = cfg.backbone if trained is None or asked_for else trained.backbone  # a checkpoint knows its own
-    settle(cfg)
+    named = any(word.lstrip("+~").partition("=")[0].partition(".")[0] == "backbone" for word in run.words)
+    chosen = cfg.backbone if trained is None or named else trained.backbone
+    run.seed_and_check()
     backbone = instantiate(chosen)
     if saved:
         load_repair(backbone, cfg.checkpoint)
@@ -231,92 +265,3 @@ VERBS = {
     "workspace": (workspace, ("logger",)),
     "export": (export, ("export",)),
 }
-
-
-def build(cfg: DictConfig) -> tuple[Any, dict[str, Any]]:
-    """What every verb that scores starts from: the backbone, and those benchmarks whose data is there.
-
-    Published data is looked for by its own settings: what is missing is named before torch is imported.
-    """
-    from clipfix.data.sets import present
-
-    wanted = dict(cfg.eval.benchmarks)
-    published = {name: instantiate(one.shards) for name, one in wanted.items() if OmegaConf.is_dict(one.get("shards"))}
-    benchmarks = {name: instantiate(one) for name, one in present(wanted, published).items()}
-    return start(cfg), benchmarks
-
-
-def start(cfg: DictConfig) -> Any:
-    """The backbone, in a settled process."""
-    settle(cfg)
-    return instantiate(cfg.backbone)
-
-
-def settle(cfg: DictConfig) -> None:
-    """A seeded process that warns of what matters, for a config whose values are of the types asked for."""
-    import lightning as L
-
-    from clipfix.cli.arguments import check_arguments
-
-    groups = [group for group in VERBS[cfg.run][1] if OmegaConf.is_dict(cfg[group])]
-    check_arguments({group: resolved(cfg[group]) for group in groups}, groups)
-    if "trainer" in groups:
-        ranks.check(cfg.trainer.get("devices"), cfg.trainer.get("num_nodes", 1))
-    for harmless in HARMLESS:
-        warnings.filterwarnings("ignore", harmless)
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    L.seed_everything(cfg.seed, workers=True, verbose=False)
-
-
-def resolved(group: DictConfig) -> dict[str, Any]:
-    """Without keys that point at nothing, as data.selection does where data.prepare is null: who reads them says so."""
-    found = {}
-    for key in group:
-        with suppress(InterpolationResolutionError):
-            value = group[key]
-            found[str(key)] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-    return found
-
-
-def method_and_data(cfg: DictConfig, backbone: Any) -> tuple[Any, Any]:
-    """The method, and data that give what it reads and are there."""
-    method = instantiate(cfg.method, backbone=backbone)
-    try:
-        method.configure_optimizers()
-    except Exception as error:  # torch raises whatever its arithmetic meets
-        raise ValueError(f"method.optimizer: {error}") from error
-    data = instantiate(cfg.data, _partial_=True)(needs=method.needs)  # hydra would make a config of a dataclass
-    data.prepare_data()
-    data.setup("fit")
-    return method, data
-
-
-def selection(cfg: DictConfig, folder: Path) -> dict[str, Any]:
-    """Callbacks that score the selection split and keep the best checkpoint by it, where there is such a split."""
-    from lightning.pytorch.callbacks import ModelCheckpoint
-
-    from clipfix.results.selection import Selection
-
-    if not cfg.eval.selection or cfg.data.get("selection") is None:
-        return {}
-    metric = cfg.eval.selection_metric
-    best = ModelCheckpoint(folder / "checkpoints", filename="best", monitor=f"selection/{metric}", mode="max")
-    return {"selection": Selection(instantiate(cfg.eval.selection), metric), "best": best}
-
-
-def choice(group: str) -> str:
-    """What was chosen of a group of the config."""
-    return HydraConfig.get().runtime.choices[group]
-
-
-def config_and_choices(cfg: DictConfig) -> dict[str, Any]:
-    """The resolved config, and under `choices` what was chosen of each group: a method's config has not its name."""
-    choices = HydraConfig.get().runtime.choices
-    chosen = {group: name for group, name in choices.items() if not group.startswith("hydra/")}
-    return {"choices": chosen} | shareable(cfg)
-
-
-def shareable(node: DictConfig) -> dict[str, Any]:
-    """Config as a run keeps and tells it: every value as it was meant, but for secrets."""
-    return without_secrets(OmegaConf.to_container(node, resolve=True))

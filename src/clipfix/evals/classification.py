@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from clipfix.data.sets import Labelled
-from clipfix.evals.base import Benchmark
+from clipfix.evals.base import Benchmark, Scores
 from clipfix.evals.features import Features
-from clipfix.evals.outcomes import Outcome, Outcomes, each_class_alike
+from clipfix.evals.outcomes import Outcome, each_class_alike
 from clipfix.evals.zeroshot import places_among
 
 FIVE = 5  # classes or more, and the top five are asked for as well, as clip_benchmark does
@@ -21,9 +21,8 @@ class Classification(Benchmark):
 
     def __init__(self, shards: Labelled, templates: Sequence[str] | None = None) -> None:
         self.shards, self.given = shards, templates
-        self.outcomes: list[Outcomes] = []  # ranks among the classes
 
-    def score(self, features: Features) -> dict[str, float]:
+    def score(self, features: Features) -> Scores:
         images, kept = features.images(self.shards)
         classes = self.shards.classes()
         truth = [sample["json"]["label"] for sample in kept]
@@ -31,8 +30,7 @@ class Classification(Benchmark):
         items = np.array([sample["key"] for sample in kept])
         # Classes without a picture are left out of the mean, as by sklearn's balanced_accuracy_score.
         weights = each_class_alike(np.array(truth))
-        found = {"acc1": Outcome(items, places), "mean_per_class_recall": Outcome(items, places, weights)}
+        outcomes = {"acc1": Outcome(items, places), "mean_per_class_recall": Outcome(items, places, weights)}
         if len(classes) >= FIVE:
-            found["acc5"] = Outcome(items, np.where(places <= FIVE, 1, places))
-        self.outcomes.append(found)
-        return {name: outcome.percent() for name, outcome in found.items()}
+            outcomes["acc5"] = Outcome(items, np.where(places <= FIVE, 1, places))
+        return Scores({name: outcome.percent() for name, outcome in outcomes.items()}, outcomes)

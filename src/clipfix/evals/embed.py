@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from clipfix.data.decoding import samples
 from clipfix.data.sets import Source
 from clipfix.functional.patches import take_patches
-from clipfix.models.clip import Backbone
+from clipfix.models.base import Model, Patches
 
 BATCH = 64  # a forward pass; memory depends on it, features do not
 
@@ -40,10 +40,10 @@ def decoded(image: Image.Image | Path) -> Image.Image:
         raise ValueError(f"the picture {image} cannot be read ({error}): fetch its data set again.") from error
 
 
-def embed_images(backbone: Backbone, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+def embed_images(model: Model, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
     """The plain image embedding, unit norm."""
-    device = next(backbone.parameters()).device
-    return normalize(backbone.encode_image(images.to(device)).float(), dim=-1)
+    device = next(model.parameters()).device
+    return normalize(model.encode_image(images.to(device)).float(), dim=-1)
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,17 @@ def global_plus_local(
 
 
 def embed_locally(
-    backbone: Backbone, images: Float[Tensor, "b 3 h w"], keys: Sequence[str], local: Local
+    model: Model, images: Float[Tensor, "b 3 h w"], keys: Sequence[str], local: Local
 ) -> Float[Tensor, "b d"]:
     """The image embedding by the rule of `global_plus_local`; `keys` name the pictures."""
-    device = next(backbone.parameters()).device
+    device = next(model.parameters()).device
+    if not isinstance(model, Patches):
+        raise ValueError(
+            f"{type(model).__name__} has no patch tokens: leave out the score that needs them, "
+            "~eval.benchmarks.pairs_local or mmvp_local."
+        )
     try:
-        pooled, patches = backbone.visual_tokens(images.to(device))
+        pooled, patches = model.visual_tokens(images.to(device))
     except ValueError as error:
         raise ValueError(
             f"{error} Or leave out the score that asks for patches: ~eval.benchmarks.pairs_local, or mmvp_local"
@@ -102,6 +107,6 @@ def embed_locally(
     return global_plus_local(pooled.float(), take_patches(patches, drawn).float(), local.normalized)
 
 
-def embed_texts(backbone: Backbone, texts: list[str], at_most: int | None = None) -> Float[Tensor, "n d"]:
+def embed_texts(model: Model, texts: list[str], at_most: int | None = None) -> Float[Tensor, "n d"]:
     """The plain text embedding, unit norm; `at_most` cuts every text after so many tokens, if that is less."""
-    return normalize(backbone.encode_text(backbone.tokenize(texts, at_most)).float(), dim=-1)
+    return normalize(model.encode_text(model.tokenize(texts, at_most)).float(), dim=-1)

@@ -1,4 +1,4 @@
-"""What a score sees of a backbone: unit-norm fp32 features of whole shard sets and lists of texts.
+"""What a score sees of a model: unit-norm fp32 features of whole shard sets and lists of texts.
 
 Published scores seldom reproduce because half precision, autocast or a forgotten `train()` leaks into them. Everything
 that could leak is shut out in one place, `scoring`; a benchmark only ever meets `Features`. Where several ranks score,
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from clipfix.data.decoding import readable, square, undecoded
 from clipfix.data.sets import Source
 from clipfix.evals.embed import BATCH, Local, Sample, Shards, decoded, embed_images, embed_locally, embed_texts
-from clipfix.models.clip import Backbone, weights_hash
+from clipfix.models.base import Model
+from clipfix.models.clip import weights_hash
 from clipfix.system.ranks import rank_of
 from clipfix.training.precision import fp32_products
 
@@ -62,13 +63,13 @@ def shared_out(items: Iterable[Item], work: Callable[[list[Item]], Made]) -> lis
 
 
 class Features:
-    """The features of one backbone; what several benchmarks share, shards or picture files, is embedded once."""
+    """The features of one model; what several benchmarks share, shards or picture files, is embedded once."""
 
-    def __init__(self, backbone: Backbone, texts: TextCache | None = None) -> None:
-        self.backbone = backbone
+    def __init__(self, model: Model, texts: TextCache | None = None) -> None:
+        self.model = model
         self._texts: TextCache = {} if texts is None else texts
-        # A cache of this backbone's own need not know whose texts it holds.
-        self._tower = "" if texts is None else weights_hash(backbone.text)
+        # A cache of this model's own need not know whose texts it holds.
+        self._tower = "" if texts is None else weights_hash(model.text)
         self._seen: dict[tuple[tuple[str, ...] | Source, Local | None], tuple[Tensor, list[Sample]]] = {}
         self._files: dict[tuple[Path, Local | None], Tensor] = {}  # of sources, which may share pictures
 
@@ -94,27 +95,27 @@ class Features:
 
     def texts(self, texts: Sequence[str], at_most: int | None = None) -> Float[Tensor, "n d"]:
         """One row per text, cut after `at_most` tokens if given; a text that was asked before is not embedded again."""
-        cut = min(at_most or self.backbone.context_length, self.backbone.context_length)
+        cut = min(at_most or self.model.context_length, self.model.context_length)
         new = [text for text in dict.fromkeys(texts) if (self._tower, cut, text) not in self._texts]
         # Short texts first: a batch is as long as its longest text.
         new.sort(key=len)
         if new:  # ranks meet to share the work: none is needed where all know all
-            rows = chain.from_iterable(shared_out(new, lambda batch: embed_texts(self.backbone, batch, cut).cpu()))
+            rows = chain.from_iterable(shared_out(new, lambda batch: embed_texts(self.model, batch, cut).cpu()))
             self._texts |= {(self._tower, cut, text): row for text, row in zip(new, rows, strict=True)}
         return torch.stack([self._texts[self._tower, cut, text] for text in texts]).to(self._device)
 
     @property
     def _device(self) -> torch.device:
-        return next(self.backbone.parameters()).device
+        return next(self.model.parameters()).device
 
     def _embed(
         self, found: Sequence[Image.Image | Path], keys: Sequence[str], local: Local | None
     ) -> Float[Tensor, "b d"]:
         """A row for each picture, on the CPU, where ranks can exchange it."""
-        images = torch.stack([square(decoded(picture), self.backbone.image_size) for picture in found])
+        images = torch.stack([square(decoded(picture), self.model.image_size) for picture in found])
         if local is None:
-            return embed_images(self.backbone, images).cpu()
-        return embed_locally(self.backbone, images, keys, local).cpu()
+            return embed_images(self.model, images).cpu()
+        return embed_locally(self.model, images, keys, local).cpu()
 
     def _of_shards(
         self, urls: Sequence[str], allow_pipe: bool, local: Local | None
@@ -172,19 +173,19 @@ def still(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def scoring(backbone: Backbone, texts: TextCache | None = None) -> Iterator[Features]:
+def scoring(model: Model, texts: TextCache | None = None) -> Iterator[Features]:
     """Features in fp32 from a still model: a run is bit-identical with and without the scores taken on its way.
 
     Precision settings come back as they were, like all that `still` minds.
     """
-    weights = [p for p in backbone.parameters() if p.is_floating_point()]
+    weights = [p for p in model.parameters() if p.is_floating_point()]
     with ExitStack() as stack:
-        stack.enter_context(still(backbone))
+        stack.enter_context(still(model))
         stack.enter_context(torch.autocast(weights[0].device.type, enabled=False))
         # TF32 keeps 10 bits of mantissa: fast in training, but it makes ties.
         stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=False))
         stack.enter_context(fp32_products("highest"))
         # Weights held in half precision are scored through an fp32 copy.
         if any(p.dtype != torch.float32 for p in weights):
-            backbone = copy.deepcopy(backbone).float()
-        yield Features(backbone, texts)
+            model = copy.deepcopy(model).float()
+        yield Features(model, texts)

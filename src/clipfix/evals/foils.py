@@ -3,10 +3,10 @@
 from collections import defaultdict
 from statistics import fmean
 
-from clipfix.evals.base import Benchmark
+from clipfix.evals.base import Benchmark, Scores
 from clipfix.evals.embed import Shards
 from clipfix.evals.features import Features
-from clipfix.evals.outcomes import Outcome, Outcomes
+from clipfix.evals.outcomes import Outcome
 
 
 class Foils(Benchmark):
@@ -19,9 +19,8 @@ class Foils(Benchmark):
 
     def __init__(self, shards: Shards) -> None:
         self.shards = shards
-        self.outcomes: list[Outcomes] = []  # rank 1: the caption is nearer
 
-    def score(self, features: Features) -> dict[str, float]:
+    def score(self, features: Features) -> Scores:
         images, kept = features.images(self.shards)
         # A product and a sum instead of a matmul: equal texts then have equal scores on every device.
         own, other = (
@@ -30,7 +29,7 @@ class Foils(Benchmark):
         by_subset: dict[str, dict[str, bool]] = defaultdict(dict)
         for sample, right in zip(kept, (own > other).tolist(), strict=True):
             by_subset[sample["json"]["subset"]][sample["key"]] = right
-        found = {subset: Outcome.of_answers(answers, answers.values()) for subset, answers in by_subset.items()}
-        self.outcomes.append(found)
-        scores = {subset: outcome.percent() for subset, outcome in found.items()}
-        return {"mean": fmean(scores.values()), **scores, "ties": float((own == other).sum())}
+        # Rank 1: the caption is nearer than the foil.
+        outcomes = {subset: Outcome.of_answers(answers, answers.values()) for subset, answers in by_subset.items()}
+        shares = {subset: outcome.percent() for subset, outcome in outcomes.items()}
+        return Scores({"mean": fmean(shares.values()), **shares, "ties": float((own == other).sum())}, outcomes)

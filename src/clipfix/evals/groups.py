@@ -2,6 +2,7 @@
 
 import torch
 
+from clipfix.evals.base import Scores
 from clipfix.evals.features import Features
 from clipfix.evals.outcomes import Outcome
 from clipfix.evals.pairs import Pairs, picks
@@ -15,7 +16,7 @@ class Groups(Pairs):
     `image_caption_selection`, up to ties.
     """
 
-    def score(self, features: Features) -> dict[str, float]:
+    def score(self, features: Features) -> Scores:
         images, kept = features.images(self.shards)
         pairs = self.rows(kept)
         order = torch.tensor(list(pairs.values()))
@@ -23,6 +24,6 @@ class Groups(Pairs):
         image, tied = picks(images[order], texts[order])
         text, tied_too = picks(texts[order], images[order])
         shares = {"text": text, "image": image, "group": text & image}
-        found = {name: Outcome.of_answers(map(str, pairs), right.tolist()) for name, right in shares.items()}
-        self.outcomes.append(found)
-        return {name: one.percent() for name, one in found.items()} | {"ties": float(tied.sum() + tied_too.sum())}
+        outcomes = {name: Outcome.of_answers(map(str, pairs), right.tolist()) for name, right in shares.items()}
+        values = {name: outcome.percent() for name, outcome in outcomes.items()}
+        return Scores(values | {"ties": float(tied.sum() + tied_too.sum())}, outcomes)

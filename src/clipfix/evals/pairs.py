@@ -10,10 +10,10 @@ from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from clipfix.evals.base import Benchmark
+from clipfix.evals.base import Benchmark, Scores
 from clipfix.evals.embed import Local, Sample, Shards, pictures
 from clipfix.evals.features import Features
-from clipfix.evals.outcomes import Outcome, Outcomes
+from clipfix.evals.outcomes import Outcome
 from clipfix.evals.plots import Cell, gallery
 
 
@@ -42,9 +42,8 @@ class Pairs(Benchmark):
     def __init__(self, shards: Shards, prefix: str, local: Mapping[str, Any] | None = None) -> None:
         self.shards, self.prefix = shards, prefix
         self.local = Local(**local) if local is not None else None
-        self.outcomes: list[Outcomes] = []  # rank 1: both texts of a pair picked their own image
 
-    def score(self, features: Features) -> dict[str, float]:
+    def score(self, features: Features) -> Scores:
         images, kept = features.images(self.shards, local=self.local)
         pairs = self.rows(kept)
         order = torch.tensor(list(pairs.values()))
@@ -53,35 +52,35 @@ class Pairs(Benchmark):
         by_pattern: dict[str, dict[str, bool]] = defaultdict(dict)
         for (number, (first, _)), answer in zip(pairs.items(), right.tolist(), strict=True):
             by_pattern[kept[first]["json"]["pattern"].lower().replace(" ", "_")][str(number)] = answer
-        found = {pattern: Outcome.of_answers(answers, answers.values()) for pattern, answers in by_pattern.items()}
-        self.outcomes.append(found)
-        scores = {pattern: outcome.percent() for pattern, outcome in found.items()}
-        return {"mean": fmean(scores.values()), **scores, "ties": float(tied.sum())}
+        # Rank 1: both texts of a pair picked their own image.
+        outcomes = {pattern: Outcome.of_answers(answers, answers.values()) for pattern, answers in by_pattern.items()}
+        shares = {pattern: outcome.percent() for pattern, outcome in outcomes.items()}
+        return Scores({"mean": fmean(shares.values()), **shares, "ties": float(tied.sum())}, outcomes)
 
-    def figure(self, columns: Sequence[str]) -> Figure | None:
-        """One pair a pattern, if possible one whose answer changed between the last scorings; of the plain rule."""
+    def figure(self, columns: Sequence[str], scorings: Sequence[Scores]) -> Figure | None:
+        """Return one pair for each pattern, if possible one whose answer changed; None for a `local` rule."""
         if self.local is not None:
             return None
         answers = [
             {
                 int(number): bool(rank == 1)
-                for one in scoring.values()
+                for one in scoring.outcomes.values()
                 for number, rank in zip(one.items, one.ranks, strict=True)
             }
-            for scoring in self.outcomes[-len(columns) :]
+            for scoring in scorings
         ]
         by_pattern: dict[str, list[tuple[bool, int, list[Sample]]]] = defaultdict(list)
         kept = list(pictures(self.shards))
         for number, rows in self.rows(kept).items():
             pair = [kept[row] for row in rows]
-            changed = len({scoring[number] for scoring in answers}) > 1
+            changed = len({answer[number] for answer in answers}) > 1
             by_pattern[pair[0]["json"]["pattern"]].append((not changed, number, pair))
         cells = []
         for pattern, candidates in by_pattern.items():
             _, number, (first, second) = min(candidates, key=lambda candidate: candidate[:2])
             verdicts = [
-                (f"{column}: {'told apart' if scoring[number] else 'mixed up'}", scoring[number])
-                for column, scoring in zip(columns, answers, strict=True)
+                (f"{column}: {'told apart' if answer[number] else 'mixed up'}", answer[number])
+                for column, answer in zip(columns, answers, strict=True)
             ]
             cells.append(Cell(first["image"], pattern, [(first["json"]["statement"], None), *verdicts]))
             cells.append(Cell(second["image"], "", [(second["json"]["statement"], None)]))

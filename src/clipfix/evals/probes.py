@@ -9,10 +9,10 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from clipfix.evals.base import Benchmark
+from clipfix.evals.base import Benchmark, Scores
 from clipfix.evals.features import Features
 from clipfix.evals.labels import labels
-from clipfix.evals.outcomes import Outcome, Outcomes, each_class_alike
+from clipfix.evals.outcomes import Outcome, each_class_alike
 
 
 class Probes(Benchmark):
@@ -31,12 +31,11 @@ class Probes(Benchmark):
         alphas: Sequence[float],
     ) -> None:
         self.fit_shards, self.shards, self.factors, self.alphas = fit_shards, shards, list(factors), list(alphas)
-        self.outcomes: list[Outcomes] = []
 
-    def score(self, features: Features) -> dict[str, float]:
+    def score(self, features: Features) -> Scores:
         fit_images, fit_samples = features.images(self.fit_shards)
         images, samples = features.images(self.shards)
-        scores, found = {}, {}
+        shares, outcomes = {}, {}
         for factor in self.factors:
             known, asked = labels(fit_samples, factor), labels(samples, factor)
             if len(set(known.values())) < 2 or not asked:
@@ -45,8 +44,7 @@ class Probes(Benchmark):
             probe.fit(fit_images[list(known)].double().cpu().numpy(), list(known.values()))
             answers = probe.predict(images[list(asked)].double().cpu().numpy())
             truth = np.array(list(asked.values()))
-            scores[factor] = 100 * float(balanced_accuracy_score(truth, answers))
+            shares[factor] = 100 * float(balanced_accuracy_score(truth, answers))
             items = [samples[row]["key"] for row in asked]
-            found[factor] = Outcome.of_answers(items, answers == truth, each_class_alike(truth))
-        self.outcomes.append(found)
-        return {"mean": fmean(scores.values()), **scores}
+            outcomes[factor] = Outcome.of_answers(items, answers == truth, each_class_alike(truth))
+        return Scores({"mean": fmean(shares.values()), **shares}, outcomes)

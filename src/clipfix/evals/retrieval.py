@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from clipfix.data.texts import Text
-from clipfix.evals.base import Benchmark
+from clipfix.evals.base import Benchmark, Scores
 from clipfix.evals.embed import Shards, pictures
 from clipfix.evals.features import Features
 from clipfix.evals.outcomes import Outcome, Outcomes
@@ -59,28 +59,26 @@ class Retrieval(Benchmark):
         allow_pipe: bool = False,
     ) -> None:
         self.shards, self.text, self.recall_at, self.allow_pipe = shards, Text(**text), list(recall_at), allow_pipe
-        self.outcomes: list[Outcomes] = []  # ranks of the own caption and of the own picture
-        self.found: list[list[tuple[str, bool]]] = []  # per scoring: the nearest caption of each shown picture
 
-    def score(self, features: Features) -> dict[str, float]:
+    def score(self, features: Features) -> Scores:
+        """Return R@k both ways; `examples` has (nearest caption, whether it is a right one) of each shown picture."""
         images, kept = features.images(self.shards, self.allow_pipe)
         captions = [self.text.draw(sample, Random(sample["key"])) for sample in kept]
         flat = [caption for several in captions for caption in several]
         texts = features.texts(flat)
         nearest = (images[:SHOWN] @ texts.T).argmax(dim=1).tolist()
-        self.found.append([(flat[text], flat[text] in captions[i]) for i, text in enumerate(nearest)])
+        examples = [(flat[text], flat[text] in captions[i]) for i, text in enumerate(nearest)]
         ways = both_ways([sample["key"] for sample in kept], images, texts, [len(several) for several in captions])
-        self.outcomes.append(ways)
-        scores = {f"{way}_R@{k}": outcome.percent(k) for way, outcome in ways.items() for k in self.recall_at}
-        return {"mean": fmean(scores.values()), **scores}
+        shares = {f"{way}_R@{k}": outcome.percent(k) for way, outcome in ways.items() for k in self.recall_at}
+        return Scores({"mean": fmean(shares.values()), **shares}, ways, examples)
 
-    def figure(self, columns: Sequence[str]) -> Figure | None:
-        """The first pictures, and which caption each of the last scorings found for them."""
+    def figure(self, columns: Sequence[str], scorings: Sequence[Scores]) -> Figure | None:
+        """Return the first pictures, each with the caption that every scoring found for it."""
         shown = islice(pictures(self.shards or (), self.allow_pipe), SHOWN)
         cells = []
         for i, sample in enumerate(shown):
             own = self.text.draw(sample, Random(sample["key"]))[0]
-            found = [scoring[i] for scoring in self.found[-len(columns) :]]
+            found = [scoring.examples[i] for scoring in scorings]
             own, *texts = without_shared_beginning([own, *(text for text, _ in found)])
             lines = [(f"{name}: {text}", right) for name, text, (_, right) in zip(columns, texts, found, strict=True)]
             cells.append(Cell(sample["image"], "", [(own, None), *lines]))

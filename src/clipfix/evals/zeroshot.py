@@ -9,10 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from clipfix.evals.base import Benchmark
+from clipfix.evals.base import Benchmark, Scores
 from clipfix.evals.features import Features
 from clipfix.evals.labels import alone, labels
-from clipfix.evals.outcomes import Outcome, Outcomes
+from clipfix.evals.outcomes import Outcome
 from clipfix.evals.ranking import ranks
 
 
@@ -49,16 +49,14 @@ class ZeroShot(Benchmark):
 
     def __init__(self, shards: str | Sequence[str], questions: Mapping[str, Question]) -> None:
         self.shards, self.questions = shards, questions
-        self.outcomes: list[Outcomes] = []  # ranks among the classes
 
-    def score(self, features: Features) -> dict[str, float]:
+    def score(self, features: Features) -> Scores:
         images, samples = features.images(self.shards)
-        found = {}
+        outcomes = {}
         for factor, question in self.questions.items():
             classes = list(question["classes"])
             asked = {row: name for row, name in labels(samples, factor).items() if alone(samples[row])}
             truth = [classes.index(name) for name in asked.values()]
             places = places_among(features, images[list(asked)], truth, classes, question["templates"])
-            found[factor] = Outcome(np.array([samples[row]["key"] for row in asked]), places)
-        self.outcomes.append(found)
-        return {factor: outcome.percent() for factor, outcome in found.items()}
+            outcomes[factor] = Outcome(np.array([samples[row]["key"] for row in asked]), places)
+        return Scores({factor: outcome.percent() for factor, outcome in outcomes.items()}, outcomes)

@@ -1,12 +1,12 @@
 """What is known of a model that is exported: its base, its repair, and scores of these very weights."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from clipfix.models.clip import Backbone, weights_hash
 from clipfix.results import provenance
+from clipfix.results.record import Record
 
 
 def about(
@@ -20,7 +20,7 @@ def about(
     """Facts for the model card. `pretrained` and `trained_on` are the config's; `repair` is as in a result file."""
     facts = provenance.facts(backbone, {})
     weights = weights_hash(backbone.model)
-    results = result_file(checkpoint, weights)
+    record = scored(checkpoint, weights)
     told = None if pretrained is None else Path(pretrained).name  # a tag, or a file wherever it lies here
     return {
         "model": facts["model"],
@@ -29,19 +29,16 @@ def about(
         **repair,
         "trained_on": [portable(url) for url in ([trained_on] if isinstance(trained_on, str) else trained_on or [])],
         "weights": weights,
-        "scores": results.pop("scores", None),
-        "results": results or None,
+        "scores": record.scores if record else None,
+        "results": record.facts() if record else None,
         "exported_with": {"versions": facts["versions"], "commit": facts["commit"]},
     }
 
 
-def result_file(checkpoint: str | None, weights: str) -> dict[str, Any]:
-    """What the checkpoint's run measured, if it measured these very weights: last.ckpt is often not what was scored."""
-    if checkpoint is None:
-        return {}
-    path = Path(checkpoint).resolve().parents[1] / "results.json"
-    results = json.loads(path.read_text()) if path.is_file() else {}
-    return results if results.get("weights", {}).get("after") == weights else {}
+def scored(checkpoint: str | None, weights: str) -> Record | None:
+    """Return the record of the checkpoint's run if it scored these very weights: last.ckpt often was not scored."""
+    record = Record.of_checkpoint(checkpoint) if checkpoint else None
+    return record if record and (record.weights or {}).get("after") == weights else None
 
 
 def portable(url: str) -> str:

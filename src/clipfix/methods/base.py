@@ -70,7 +70,10 @@ class Method(L.LightningModule, ABC):
         """Return named loss terms of this rank's batch; a step minimizes their sum. Never called if `steps` is 0."""
 
     def wrap(self, backbone: Backbone) -> Model:
-        """Return the model to score, around a backbone that has its pretrained weights. Default: the backbone."""
+        """Return the model to score, around a backbone that has its pretrained weights. Default: the backbone.
+
+        A method whose model has state of its own keeps one as `self.model = self.wrap(backbone)`.
+        """
         return backbone
 
     def start(self, batches: Iterable[dict[str, Any]]) -> None:
@@ -83,6 +86,11 @@ class Method(L.LightningModule, ABC):
     def phases(self) -> list[Phase]:
         """Return what trains when. Default: all that requires a gradient, from the first step to the last."""
         return [Phase(self, 0, self.steps)]
+
+    @property
+    def scored(self) -> Model:
+        """The model that is scored as it trains: `model` of a method that has a wrapped one, else the backbone."""
+        return getattr(self, "model", self.backbone)
 
     # -- helpers for subclasses ---------------------------------------------------------------------------------------
 

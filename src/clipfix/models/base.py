@@ -11,6 +11,13 @@ from torch import Tensor, nn
 class Model(nn.Module, ABC):
     """A pair of towers in one joint space: what every benchmark and every method can rely on."""
 
+    backbone: Any  # the Backbone inside; of a Backbone, itself
+
+    @property
+    def weights(self) -> nn.Module:
+        """The module whose weights identify this model: their hash is stored with its scores."""
+        return self
+
     @property
     @abstractmethod
     def image_size(self) -> int:

@@ -119,6 +119,16 @@ class Backbone(Model):
             install(_blocks(self.text), compiled=True)
 
     @property
+    def backbone(self) -> "Backbone":  # type: ignore[override]
+        """Itself: what it is to a `Wrapper`."""
+        return self
+
+    @property
+    def weights(self) -> nn.Module:
+        """The open_clip model."""
+        return self.model
+
+    @property
     def visual(self) -> nn.Module:
         return self.model.visual
 

@@ -38,9 +38,14 @@ def repair(trained: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def control(method: Mapping[str, Any]) -> str | None:
-    """Return the name of the control that a method's config sets by `control` or, at any depth, `shuffled`."""
+    """Return the name of the control that a method's config sets: `shuffled` at any depth, or no `feedback`.
+
+    Configs of earlier versions have a key `control`.
+    """
     if method.get("control"):
         return str(method["control"])
+    if "feedback" in method and method["feedback"] is None:
+        return "off"
     nested = [value for value in method.values() if isinstance(value, Mapping | DictConfig)]
     return "shuffled" if method.get("shuffled") is True or any(map(control, nested)) else None
 

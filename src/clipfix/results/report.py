@@ -1,8 +1,9 @@
 """What a run leaves behind: a before/after table on screen, results as json, pictures as PNG, all of it in W&B too."""
 
 import csv
-import json
+import os
 from collections.abc import Mapping, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,17 @@ from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
-from clipfix.evals.base import Benchmark
+from clipfix.evals.base import Benchmark, Scores
 from clipfix.evals.outcomes import save as save_outcomes
 from clipfix.evals.plots import AFTER, BEFORE
+from clipfix.results.compare.results import comparable, newest
 from clipfix.results.compare.rows import named, number
-from clipfix.training.callbacks import peak_memory_gb
+from clipfix.results.headlines import headlines, picture
+from clipfix.results.headlines import table as head_table
+from clipfix.results.record import Percentages, Record
 
-Scores = dict[str, float]
-DRAWN = ("train", "val", "denoising", "drift", "positives", "selection", "perf")  # of what is logged, in this order
+# Of what is logged, by prefix: drawn first, drawn last, and not drawn. A method's own notes stand between.
+FIRST, LAST, NOT_DRAWN = ("train", "val"), ("selection", "perf"), ("data", "optimizer")
 
 
 def describe(config: Mapping[str, Any], loggers: Sequence[Logger]) -> None:
@@ -31,35 +35,108 @@ def describe(config: Mapping[str, Any], loggers: Sequence[Logger]) -> None:
 
 def write(
     folder: Path,
-    scores: dict[str, Scores],
+    scored: Mapping[str, Mapping[str, Scores]],
     benchmarks: Mapping[str, Benchmark],
-    facts: dict[str, Any],
+    record: Record,
     loggers: Sequence[Logger] = (),
+    *,
+    table: str,
+    pictures: bool,
+    resamples: int,
+    coverage: float,
+    first: str | None = None,
 ) -> None:
-    """Table, results.json and pictures of the scores taken (`before`, `after`), in the run folder and every logger.
+    """Write the results of a run into its folder and every logger, and print what a reader wants to see first.
 
-    outcomes.npz beside results.json has what every item got; `run=compare` reads it.
+    results.json has all scores and where they come from; outcomes.npz has the answer to every item, which
+    `run=compare` reads; scores.txt is the full table.
+
+    Args:
+        scored: {column: {benchmark: scores}}, of the columns of `record.scores`.
+        table: "full" prints every metric, "headlines" a few.
+        pictures: Whether pictures are drawn.
+        resamples, coverage: Of the intervals, see `headlines`.
+        first: The benchmark whose headline comes first.
     """
-    facts = {**facts, "peak_memory_gb": round(peak_memory_gb(), 2)}
-    (folder / "results.json").write_text(json.dumps({**facts, "scores": scores}, indent=2) + "\n")
-    recorded = {name: benchmark.outcomes[-len(scores) :] for name, benchmark in benchmarks.items()}
-    save_outcomes(folder, list(scores), {name: scorings for name, scorings in recorded.items() if scorings})
-    figures = {"scores": bars(scores), "curves": curves(join_metrics(folder))}
-    figures |= {name: benchmark.figure(list(scores)) for name, benchmark in benchmarks.items()}
-    pictures = {name: save(figure, folder / f"{name}.png") for name, figure in figures.items() if figure}
-    for name, path in pictures.items():
+    columns, scores = list(scored), record.scores
+    record.write(folder)
+    scorings = {name: [column[name] for column in scored.values()] for name in benchmarks}
+    recorded = {name: [one.outcomes for one in several] for name, several in scorings.items() if several[0].outcomes}
+    save_outcomes(folder, columns, recorded)
+    metrics = join_metrics(folder)
+    heads = headlines(scored, first, resamples, coverage, record.seed or 0)
+    if heads:
+        (folder / "scores.txt").write_text(as_text(full_table(scores)))
+    drawn: dict[str, Path] = {}
+    if pictures:
+        figures = {"scores": picture(heads, columns), "scores_all": bars(scores), "curves": curves(metrics)}
+        figures |= {name: benchmark.figure(columns, scorings[name]) for name, benchmark in benchmarks.items()}
+        drawn = {name: save(figure, folder / f"{name}.png") for name, figure in figures.items() if figure}
+    for name, path in drawn.items():
         show(f"report/{name}", path, loggers)
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             for column, values in scores.items():
-                logger.log_metrics(values, step=0 if column == "before" else facts["step"])
-            logger.log_table(
-                "report/before_after", columns=["score", *scores], data=[[row, *values] for row, values in rows(scores)]
-            )
-    Console().print(table(scores))
-    Console().print(
-        f"{facts['seconds']:.0f} s, peak memory {facts['peak_memory_gb']} GB. Run folder: {folder}", soft_wrap=True
-    )
+                logger.log_metrics(dict(values), step=0 if column == "before" else record.step)
+            if heads:
+                logger.log_table("report/before_after", columns=["score", *scores], data=flat_rows(scores))
+    console = Console(soft_wrap=True, highlight=False)
+    console.print()
+    if heads:
+        console.print(full_table(scores) if table == "full" else head_table(heads, columns, coverage), soft_wrap=False)
+        console.print()
+    for line in closing(folder, record, drawn, bool(heads), loggers):
+        console.print(line, markup=False)
+
+
+def as_text(shown: Table) -> str:
+    """Return a table as plain text, as wide as it needs to be."""
+    console = Console(file=StringIO(), width=200, color_system=None)
+    console.print(shown)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"  # type: ignore[attr-defined]
+
+
+def closing(
+    folder: Path, record: Record, drawn: Mapping[str, Path], scored: bool, loggers: Sequence[Logger]
+) -> list[str]:
+    """Return what stands below the scores: the files to open, where W&B has the run, and the time it took."""
+    here = from_here(folder)
+    examples = [path.name for name, path in drawn.items() if name not in ("scores", "scores_all", "curves")]
+    shown = f"{examples[0]}{' ...' if len(examples) > 1 else ''}" if examples else ""
+    files = {
+        "scores.txt": "every metric" if scored else "",
+        "scores.png": "the lines above as a picture; scores_all.png: every metric" if "scores" in drawn else "",
+        "curves.png": "losses and notes by step" if "curves" in drawn else "",
+        shown: "pictures and what was answered about them" if examples else "",
+        "results.json": "the scores and where they come from",
+    }
+    width = max(map(len, files))
+    lines = [f"Run folder: {here}", *(f"  {name.ljust(width)}  {what}" for name, what in files.items() if what)]
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            run = logger.experiment
+            lines.append(f"W&B: wandb sync {here}/wandb/offline-run-*" if run.offline else f"W&B: {run.url}")
+    if record.seconds is not None:
+        memory = "" if record.peak_memory_gb is None else f", peak memory {record.peak_memory_gb:.1f} GB"
+        lines.append(f"Time: {record.seconds:.0f} s{memory}")
+    return lines
+
+
+def next_command(folder: Path, record: Record) -> list[str]:
+    """Return the command to try after this run, in lines; none where there is nothing to suggest."""
+    last = newest(Path("outputs"), 2)
+    if len(last) == 2 and folder.resolve() in (path.parent.resolve() for path in last) and comparable(last):
+        return ["Next: python -m clipfix run=compare", "      (this run and the one before it, side by side)"]
+    weights = record.weights or {}
+    if record.checkpoint and weights.get("before") != weights.get("after"):
+        checkpoint = from_here(folder / record.checkpoint)
+        return ["Next: python -m clipfix run=export \\", f"  checkpoint={checkpoint}"]
+    return []
+
+
+def from_here(path: Path) -> str:
+    """Return the path relative to the working directory if that is shorter."""
+    return min(str(path), os.path.relpath(path), key=len)
 
 
 def save(figure: Figure, path: Path) -> Path:
@@ -74,7 +151,12 @@ def show(name: str, picture: Path, loggers: Sequence[Logger]) -> None:
             logger.log_image(name, [str(picture)])
 
 
-def rows(scores: dict[str, Scores]) -> list[tuple[str, list[float]]]:
+def flat_rows(scores: Mapping[str, Percentages]) -> list[list[Any]]:
+    """Return a row for each metric: its name, then its value in each column."""
+    return [[name, *values] for name, values in rows(scores)]
+
+
+def rows(scores: Mapping[str, Percentages]) -> list[tuple[str, list[float]]]:
     """(score, [value of each column]) in the order of the first column."""
     return [
         (name.removeprefix("eval/"), [column[name] for column in scores.values()])
@@ -82,7 +164,7 @@ def rows(scores: dict[str, Scores]) -> list[tuple[str, list[float]]]:
     ]
 
 
-def table(scores: dict[str, Scores]) -> Table:
+def full_table(scores: Mapping[str, Percentages]) -> Table:
     """Benchmarks as sections, metrics as rows; the last column is what the run changed."""
     shown = Table(title="Scores in percent", title_justify="left")
     shown.add_column("benchmark")
@@ -105,7 +187,7 @@ def table(scores: dict[str, Scores]) -> Table:
     return shown
 
 
-def bars(scores: dict[str, Scores]) -> Figure | None:
+def bars(scores: Mapping[str, Percentages]) -> Figure | None:
     """Before/after bars, one panel a benchmark."""
     panels: dict[str, list[tuple[str, list[float]]]] = {}
     for name, values in rows(scores):
@@ -147,18 +229,25 @@ def join_metrics(folder: Path) -> list[dict[str, str]]:
     return rows
 
 
+def prefix(name: str) -> str:
+    """Return the part of a logged name that says what kind it is, as in `train/loss`."""
+    return name.split("/", 1)[0]
+
+
 def curves(metrics: list[dict[str, str]]) -> Figure | None:
-    """Every loss, selection score, note of a method and rate that the csv logger wrote, against the optimizer step."""
+    """Return curves of every loss, note of a method and selection score in the rows of the csv logger, by step."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in metrics:
         for name, value in row.items():
-            if value and name.split("/")[0] in DRAWN:
+            if value and "/" in name and prefix(name) not in NOT_DRAWN:
                 lines.setdefault(name, []).append((int(row["step"]), float(value)))
     if not lines:
         return None
     # train/x and val/x share a panel, and so do the conditions of a generator: their distance is what one looks for.
     panels: dict[str, list[str]] = {}
-    for name in sorted(lines, key=lambda name: DRAWN.index(name.split("/")[0])):
+    notes = sorted({prefix(name) for name in lines} - {*FIRST, *LAST})
+    order = [*FIRST, *notes, *LAST]
+    for name in sorted(lines, key=lambda name: order.index(prefix(name))):
         stage, metric = name.split("/", 1)
         shared = {"train": metric, "val": metric, "denoising": "denoising, by condition"}
         panels.setdefault(shared.get(stage, name), []).append(name)

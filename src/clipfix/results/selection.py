@@ -6,12 +6,12 @@ import lightning as L
 
 from clipfix.evals.base import Benchmark
 from clipfix.evals.features import scoring
-from clipfix.models.clip import Backbone
+from clipfix.models.base import Model
 from clipfix.training.sharding import unsharded
 
 
 class Selection(L.Callback):
-    """Logs `selection/<benchmark>/<metric>` of the module's backbone before training and after each validation.
+    """Logs `selection/<benchmark>/<metric>` of the method's model before training and after each validation.
 
     The mean of a benchmark that has one, else every metric; and `metric` (as in `pairs/mean`), which ModelCheckpoint
     monitors. Shards that several benchmarks share are embedded once a check.
@@ -36,10 +36,10 @@ class Selection(L.Callback):
 
     def score(self, pl_module: L.LightningModule) -> dict[str, float]:
         """What is logged, by its name there."""
-        backbone = pl_module.backbone
-        assert isinstance(backbone, Backbone)
-        with scoring(backbone) as features:
-            scores = {name: benchmark.score(features) for name, benchmark in self.benchmarks.items()}
+        model = pl_module.scored
+        assert isinstance(model, Model)
+        with scoring(model) as features:
+            scores = {name: benchmark.score(features).values for name, benchmark in self.benchmarks.items()}
         benchmark, _, metric = self.metric.partition("/")
         if metric not in scores.get(benchmark, {}):
             choices = [f"{name}/{metric}" for name, found in scores.items() for metric in found]

@@ -1,6 +1,9 @@
 """The W&B workspace in which runs are looked at: one section a metric prefix, runs grouped by method and backbone."""
 
-from collections.abc import Sequence
+import csv
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import wandb_workspaces.reports.v2 as wr
@@ -8,17 +11,30 @@ import wandb_workspaces.workspaces as ws
 
 # By what `report.describe` wrote into the config of each run.
 GROUPED_BY = ("choices.method", "choices.backbone")
+PICTURE = "/grid"  # the end of a picture's name
+MEDIA = re.compile(r"_\d+_[0-9a-f]+\.png$")  # what W&B adds to it in the name of its file: step and hash
 STEP = "trainer/global_step"  # optimizer steps, as Lightning writes them beside every value
 # Runs of a group differ by seed: their mean, and their standard deviation around it.
 OVER_SEEDS: dict[str, Any] = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
 
 
 def workspace(
-    entity: str, project: str, scored: Sequence[str], watched: Sequence[str], selected_by: str | None
+    entity: str,
+    project: str,
+    scored: Sequence[str],
+    watched: Sequence[str],
+    selected_by: str | None,
+    logged: Iterable[str] = (),
 ) -> ws.Workspace:
-    """Of a project whose runs are `scored` by these benchmarks, and `watched` by these while they train.
+    """Return the workspace of a project.
 
-    `entity` is a user or a team; `selected_by` is the metric of the selection split that chooses the checkpoint.
+    Args:
+        entity: A user or a team.
+        scored: The benchmarks that a run is scored by, before and after.
+        watched: The benchmarks that score the selection split.
+        selected_by: The metric of the selection split that chooses the checkpoint.
+        logged: Names that runs logged. Prefixes that no section below is for get one each, so that the notes of a new
+            method are shown without an edit here; a name that ends in `/grid` is a picture.
     """
     sections: dict[str, list[Any]] = {
         "selection": [
@@ -29,7 +45,7 @@ def workspace(
         "eval": [every("means", "^eval/[^/]+/mean$"), *(every(name, f"^eval/{name}/") for name in scored)],
         "report": [
             wr.WeavePanelSummaryTable(table_name="report/before_after"),
-            *(pictures(name, f"report/{name}") for name in ("scores", "curves")),
+            *(pictures(name, f"report/{name}") for name in ("scores", "scores_all", "curves")),
             pictures("examples", *(f"report/{name}" for name in scored)),
         ],
         "compare": [pictures(name, f"compare/{name}") for name in ("radar", "forgetting", "lengths", "examples")],
@@ -52,6 +68,14 @@ def workspace(
         ],
         "optimizer": [every("learning rate", "^optimizer/lr")],
     }
+    names: dict[str, list[str]] = {}
+    for name in logged:
+        if "/" in name and (prefix := name.split("/", 1)[0]) not in (*sections, STEP.split("/", 1)[0]):
+            names.setdefault(prefix, []).append(name)
+    for prefix, several in names.items():
+        drawn = [name for name in several if name.endswith(PICTURE)]
+        curves = [every(prefix, f"^{prefix}/")] if len(drawn) < len(several) else []
+        sections[prefix] = [*curves, *([pictures(prefix, *drawn)] if drawn else [])]
     first = ("selection", "eval", "report")
     return ws.Workspace(
         entity=entity,
@@ -61,6 +85,17 @@ def workspace(
         settings=ws.WorkspaceSettings(x_axis=STEP, group_by_prefix="first"),
         runset_settings=ws.RunsetSettings(groupby=[ws.Config(key) for key in GROUPED_BY]),
     )
+
+
+def logged_here(outputs: Path) -> list[str]:
+    """Return the names that the runs in a folder logged: of curves from metrics.csv, of pictures from W&B's files."""
+    names: dict[str, None] = {}
+    for file in sorted(outputs.rglob("metrics.csv")):
+        with file.open() as opened:
+            names |= dict.fromkeys(next(csv.reader(opened), []))
+    for file in sorted(outputs.rglob("wandb/*run-*/files/media/images/*/*.png")):
+        names[f"{file.parent.name}/{MEDIA.sub('', file.name)}"] = None
+    return list(names)
 
 
 def lines(title: str, *metrics: str) -> wr.LinePlot:

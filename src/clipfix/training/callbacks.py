@@ -56,7 +56,7 @@ class Throughput(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.images += len(batch["image"])
-        self.skipped += batch["skipped"]
+        self.skipped += batch.get("skipped", 0)
         if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             seconds = time.perf_counter() - self.started
             pl_module.log("perf/images_per_second", trainer.world_size * self.images / seconds)

@@ -122,14 +122,14 @@ def thumbnail(image: Image.Image) -> str:
 def provenance(groups: Sequence[Group]) -> dict[str, Any]:
     """A column per fact that any file tells, a row per run; what a file does not tell reads "unknown"."""
     results = [(group, result) for group in groups for result in group.results]
-    told = [key for key in IDENTITY if any(result.facts.get(key) is not None for _, result in results)]
+    told = [key for key in IDENTITY if any(getattr(result.record, key) is not None for _, result in results)]
     # An absent control means none; of the other facts, absence means that nobody knows.
     absent = {"control": "none"}
     lines = []
     for group, result in results:
         values = []
         for key in told:
-            value = result.facts.get(key)
+            value = getattr(result.record, key)
             whole = (
                 absent.get(key, "unknown") if value is None else f"{value:.0f}" if key == "seconds" else words(value)
             )
@@ -156,6 +156,6 @@ def shared(results: Sequence[Result], key: str) -> Mapping[str, list[str]]:
     """What files tell by name (hashes of data, versions of libraries): the values, more than one where runs differ."""
     found: dict[str, dict[str, None]] = {}
     for result in results:
-        for name, value in (result.facts.get(key) or {}).items():
+        for name, value in (getattr(result.record, key) or {}).items():
             found.setdefault(name, {})[str(value)] = None
     return {name: list(values) for name, values in found.items()}

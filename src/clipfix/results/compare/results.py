@@ -3,6 +3,7 @@
 import glob
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import combinations, count, product
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 
 from clipfix.evals import outcomes
 from clipfix.evals.outcomes import Outcomes
-from clipfix.system import moved
+from clipfix.results.record import FILE, Record
 
 UNKNOWN = "unknown"
 IN_A_NAME = 2  # keys of a recipe; groups that differ in more are told apart by letters
@@ -26,7 +27,7 @@ class Result:
     """One results.json, and the outcomes.npz beside it. A run that only scored has nothing before."""
 
     path: Path
-    facts: Mapping[str, Any]
+    record: Record
     before: Mapping[str, float] | None  # benchmark/metric -> percent
     after: Mapping[str, float]
     outcomes_before: Mapping[str, Outcomes] = field(default_factory=dict)  # by benchmark; empty without outcomes.npz
@@ -39,12 +40,12 @@ class Result:
     @property
     def seed(self) -> Any:
         """Of the training; a run that only scores may have another."""
-        trained = self.facts.get("trained_with_seed")
-        return self.facts.get("seed") if trained is None else trained
+        trained = self.record.trained_with_seed
+        return self.record.seed if trained is None else trained
 
     def data(self, benchmark: str) -> str | None:
         """What tells the data of a benchmark from others: a hash of the files, or the urls they came from."""
-        found = (self.facts.get("data") or {}).get(benchmark)
+        found = (self.record.data or {}).get(benchmark)
         if isinstance(found, Mapping):
             found = found.get("sha256") or " ".join(found.get("urls") or [])
         return found or None
@@ -72,7 +73,7 @@ class Group:
 
     def fact(self, key: str) -> Any:
         """Of the run's identity: the same for all of its seeds."""
-        return self.results[0].facts.get(key)
+        return getattr(self.results[0].record, key)
 
     def has(self, name: str) -> bool:
         return all(name in result.after for result in self.results)
@@ -83,7 +84,7 @@ def find(entries: Sequence[str]) -> list[Path]:
     found: dict[Path, None] = {}
     for entry in entries:
         paths = [Path(path) for path in sorted(glob.glob(entry, recursive=True))] or [Path(entry)]
-        files = [path / "results.json" if path.is_dir() else path for path in paths]
+        files = [path / FILE if path.is_dir() else path for path in paths]
         if absent := [path for path in files if not path.is_file()]:
             raise ValueError(f"There is no {absent[0]}: name results.json files or the run folders that hold them.")
         found |= dict.fromkeys(files)
@@ -92,16 +93,34 @@ def find(entries: Sequence[str]) -> list[Path]:
     return list(found)
 
 
+def newest(root: Path, number: int) -> list[Path]:
+    """Return the newest result files with scores below a folder, the oldest of them first."""
+    found: list[Path] = []
+    for path in sorted(root.rglob(FILE), key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        with suppress(ValueError):  # a file of another kind
+            if len(found) < number and Record.read(path).has_scores:
+                found.append(path)
+    return found[::-1]
+
+
+def comparable(paths: Sequence[Path]) -> bool:
+    """Return whether `run=compare` would show these files side by side."""
+    try:
+        results = [read(path) for path in paths]
+        refuse(results)
+        group(results)
+    except ValueError:
+        return False
+    return True
+
+
 def read(path: Path) -> Result:
     """A result file, its percentages checked against the outcomes beside it."""
-    try:
-        facts = moved.current(json.loads(path.read_text()))
-        columns = {
-            column: {name.removeprefix("eval/"): float(score) for name, score in scores.items()}
-            for column, scores in facts.pop("scores").items()
-        }
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is no result file of run=fit or run=eval ({error!r}).") from error
+    record = Record.read(path)
+    columns = {
+        column: {name.removeprefix("eval/"): score for name, score in scores.items()}
+        for column, scores in record.scores.items()
+    }
     if not columns or len(columns) > 2:
         raise ValueError(f"{path} has {len(columns)} columns of scores: one or two are compared.")
     beside = path.parent / outcomes.FILE
@@ -109,7 +128,7 @@ def read(path: Path) -> Result:
     first, *_, last = [*columns, *columns]
     result = Result(
         path,
-        facts,
+        record,
         columns[first] if len(columns) == 2 else None,
         columns[last],
         recorded.get(first, {}) if len(columns) == 2 else {},
@@ -180,7 +199,7 @@ def same_items(one: Outcomes, other: Outcomes) -> bool:
 
 def settings(result: Result, benchmark: str) -> dict[str, Any] | None:
     """How a benchmark asked, as flat keys; None in files that do not say."""
-    found = (result.facts.get("benchmarks") or {}).get(benchmark)
+    found = (result.record.benchmarks or {}).get(benchmark)
     return None if found is None else {key: value for key, value in flat(found) if key.split(".")[-1] not in WHERE}
 
 
@@ -201,8 +220,8 @@ def group(results: Sequence[Result]) -> list[Group]:
     """
     families: dict[tuple[str, ...], dict[str, list[Result]]] = {}
     for result in results:
-        recipe = json.dumps(result.facts.get("recipe"), sort_keys=True)
-        families.setdefault(title(result.facts), {}).setdefault(recipe, []).append(result)
+        recipe = json.dumps(result.record.recipe, sort_keys=True)
+        families.setdefault(title(result.record), {}).setdefault(recipe, []).append(result)
     groups = []
     for words, recipes in families.items():
         told = [dict(flat(json.loads(recipe) or {})) for recipe in recipes]
@@ -231,8 +250,8 @@ def letters() -> Iterator[str]:
         yield from map("".join, product(ascii_uppercase, repeat=size))
 
 
-def title(facts: Mapping[str, Any]) -> tuple[str, ...]:
-    """What was run, in words: method and backbone, or the model that was scored; and the control."""
-    method, backbone = facts.get("method"), facts.get("backbone")
-    ran = f"{method} {backbone or ''}".strip() if method else facts.get("model") or backbone or UNKNOWN
-    return (str(ran), *([f"control: {facts['control']}"] if facts.get("control") else []))
+def title(record: Record) -> tuple[str, ...]:
+    """Return what was run, in words: method and backbone, or the model that was scored; and the control."""
+    backbone = record.backbone or ""
+    ran = f"{record.method} {backbone}".strip() if record.method else record.model or backbone or UNKNOWN
+    return (ran, *([f"control: {record.control}"] if record.control else []))
