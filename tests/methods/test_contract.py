@@ -64,9 +64,9 @@ def test_loss_repeats_for_the_same_draws_and_differs_for_others(method):
     values = []
     for step in (0, 0, 1):
         method.seed_draws(step)
-        fresh = method.generator.get_state()
+        fresh = method.ranks.generator.get_state()
         values.append(torch.stack(list(method.loss(batch(4)).values())).sum().item())
-    draws = not torch.equal(method.generator.get_state(), fresh)
+    draws = not torch.equal(method.ranks.generator.get_state(), fresh)
     assert values[0] == values[1]
     assert (values[2] != values[0]) == draws
 
