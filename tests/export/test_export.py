@@ -132,14 +132,14 @@ def test_mistakes_are_told_before_any_work(clipfix, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
     Path("a-file").touch()
     for words, told in (
-        (["to=comfui"], "to=comfui is no target: choose from open_clip, transformers"),
+        (["to=comfui"], "choose from open_clip, transformers"),
         (["to=[]"], "export.to is empty"),
         (["to=null"], "export.to is empty"),
         (["output=null"], "give a folder"),
-        (["output=a-file"], "a-file is why: give a folder"),
+        (["output=a-file"], "a-file: give a folder"),
         (["overwrite=maybe"], "neither true nor false"),
         (["dtype=int8"], "choose from fp32, fp16, bf16"),
-        (["to=[timm,llava]", "push_to=me/model"], "one repository, and export.to has 2"),
+        (["to=[timm,llava]", "push_to=me/model"], "export.to has 2"),
         (["to=timm", "push_to=me/model"], "needs a login at the hub"),
         (["output=/"], "nowhere.ckpt is not there"),
     ):

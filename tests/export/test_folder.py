@@ -62,7 +62,7 @@ def test_a_killed_process_leaves_no_half_folder(tmp_path):
 
 def test_what_is_there_is_replaced_only_when_asked_and_only_if_an_export_wrote_it(tmp_path):
     write(FILES, tmp_path / "out", torch.float32)
-    with pytest.raises(ValueError, match=r"is there already: set export\.overwrite=true"):
+    with pytest.raises(ValueError, match=r"export\.overwrite=true"):
         write(FILES, tmp_path / "out", torch.float32)
     write({PROVENANCE: {"a": 2}}, tmp_path / "out", torch.float32, overwrite=True)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [PROVENANCE]

@@ -1,14 +1,13 @@
-"""Shards in, the same shards with more members out: `python -m clipfix run=annotate`.
+"""Copies of shards with more files in each sample: `python -m clipfix run=annotate`.
 
-What a frozen model says of a picture is the same in every pass of every run, so it is computed once and kept beside
-the picture. An annotator is a class with a `prepare` and an `annotate`, and one yaml in conf/annotator; all else is
-here, and in work.py what lies in the output folder.
+The output of a frozen model for a picture is the same in every pass of every run, so it is computed once and stored
+with the picture. An annotator is a class with `prepare` and `annotate`, and one yaml in conf/annotator. This module
+runs it; work.py manages the output folder.
 
-Whole shards are dealt to devices and their workers, and no batch crosses a shard: however many devices there are, the
-same bytes come out, and none waits for another.
+Each device and each of its workers takes whole shards, and no batch contains samples of two. The output is therefore
+the same for any number of devices, and no device waits for another.
 """
 
-import contextlib
 import json
 import logging
 import os
@@ -17,6 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -28,22 +28,22 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from clipfix.annotate.work import COUNTED, Draft, Raw, Work, plan
 from clipfix.data.decoding import decode
-from clipfix.data.shards import read_shard
+from clipfix.data.shards import read_shard, warn
 
 __all__ = ["Annotator", "Raw", "Sample", "annotate", "plan", "summarize"]
 
 log = logging.getLogger(__name__)
 
-PERIOD = 24 * 3600  # seconds over which the bar averages: a shard takes minutes
+PERIOD = 24 * 3600  # seconds over which the bar averages, because a shard takes minutes
 
-Sample = dict[str, Any]  # a sample as it was decoded: key, image, txt, json
+Sample = dict[str, Any]  # a decoded sample: key, image, txt, json
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
 class Reader(IterableDataset):
-    """Shards one after the other, as batches that are ready for the device; each ends with a batch that says so."""
+    """Yield the batches of one shard after the other, ready for the device. An empty batch ends each shard."""
 
     def __init__(self, shards: list[tuple[str, str]], prepare: Callable[[list[Sample]], Any], batch_size: int) -> None:
         self.shards, self.prepare, self.batch_size = shards, prepare, batch_size
@@ -52,21 +52,21 @@ class Reader(IterableDataset):
         info = get_worker_info()
         slot, workers = (info.id, info.num_workers) if info else (0, 1)
         for name, url in self.shards[slot::workers]:
-            with warnings_of("clipfix.data.shards") as warnings:  # read_shard says nowhere else that a shard is cut off
-                raws, left_out = read_shard(url), list[str]()
-                while pairs := list(self._decoded(raws, left_out := [])):
-                    kept, inputs = self._ready(pairs, left_out)
-                    yield {"shard": name, "raws": kept, "inputs": inputs, "left_out": left_out, "end": False}
-            broken = warnings[0] if warnings else None
+            errors, left_out = list[str](), list[str]()
+            raws = read_shard(url, tell=partial(note, errors))
+            while pairs := list(self._decoded(raws, left_out := [])):
+                kept, inputs = self._ready(pairs, left_out)
+                yield {"shard": name, "raws": kept, "inputs": inputs, "left_out": left_out, "end": False}
+            broken = errors[0] if errors else None
             yield {"shard": name, "raws": [], "inputs": None, "left_out": left_out, "end": True, "broken": broken}
 
     def _decoded(self, raws: Iterator[Raw], left_out: list[str]) -> Iterator[tuple[Raw, Sample]]:
-        """The next samples that can be decoded, as many as a batch holds."""
+        """Yield the next samples that can be decoded, at most a batch; `left_out` gets a line for each other one."""
         count = 0
         for raw in raws:
             try:
                 sample = decode(raw)
-            except Exception as error:  # broken bytes raise anything
+            except Exception as error:  # broken bytes may raise any error
                 left_out.append(f"{raw['__key__']} in {raw['__url__']} is broken ({error}): left out")
                 continue
             yield raw, sample
@@ -74,7 +74,7 @@ class Reader(IterableDataset):
                 return
 
     def _ready(self, pairs: list[tuple[Raw, Sample]], left_out: list[str]) -> tuple[list[Raw], Any]:
-        """Samples with what the device needs of them; where one spoils the batch, those that do alone are left out."""
+        """Return samples and their inputs for the device; if the batch fails, leave out the samples that fail alone."""
         try:
             return [raw for raw, _ in pairs], self.prepare([sample for _, sample in pairs])
         except Exception as error:
@@ -86,9 +86,15 @@ class Reader(IterableDataset):
         return ([raw for raw, _ in kept], self.prepare([sample for _, sample in kept])) if kept else ([], None)
 
 
-def mortal(slot: int) -> None:
-    """A worker that ends with the process it reads for, also if that was killed while a batch was on its way there."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # it has inherited Lightning's handler, which waits for other ranks
+def note(errors: list[str], url: str, error: Exception) -> None:
+    """Log that a shard is broken, as `read_shard` does by itself, and keep the message."""
+    warn(url, error)
+    errors.append(f"shard {url} is broken ({error}): using its readable part")
+
+
+def exit_with_parent(slot: int) -> None:
+    """Make a loader worker exit when its parent has ended, even if that was killed while it waited for a batch."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the inherited handler is Lightning's, which waits for other ranks
     parent = os.getppid()
 
     def watch() -> None:
@@ -99,42 +105,28 @@ def mortal(slot: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-@contextlib.contextmanager
-def warnings_of(name: str) -> Iterator[list[str]]:
-    """The warnings that a logger of this process gives meanwhile."""
-    heard: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger(name)
-    logger.addHandler(handler)
-    try:
-        yield heard
-    finally:
-        logger.removeHandler(handler)
-
-
 # ------------------------------------------------------------------------------------------------------------- running
 
 
 class Annotator(L.LightningModule):
-    """What every annotator shares: its constructor sets `prepare` and keeps its model, and it writes `annotate`."""
+    """Base class. The constructor of an annotator sets `prepare` and loads its model; the class defines `annotate`."""
 
-    # Decoded samples to what `annotate` needs of them, called in worker processes: so it does not hold the model. What
-    # it raises for a sample alone leaves that sample out.
+    # Returns the inputs of `annotate` for decoded samples. It runs in worker processes, so it must not hold the model.
+    # A sample for which it raises an error is left out.
     prepare: Callable[[list[Sample]], Any]
     work: Work
     workers: int
 
     def __init__(self, output: str, batch_size: int) -> None:
-        """`output` is a key of every annotator, and `plan` reads it before there is one."""
+        """Args: `output` is a key of every annotator; `plan` reads it from the config before the annotator is built."""
         super().__init__()
         if batch_size < 1:
-            raise ValueError(f"annotator.batch_size={batch_size}: 1 or more samples at a time")
+            raise ValueError(f"annotator.batch_size={batch_size} must be 1 or more.")
         self.batch_size = batch_size
         self.drafts: dict[str, Draft] = {}
 
     def annotate(self, raws: list[Raw], inputs: Any) -> list[dict[str, bytes]]:
-        """For each sample its new members by suffix; one that it has already is replaced."""
+        """Return the new files of each sample by suffix; a file that the sample has already is replaced."""
         raise NotImplementedError
 
     def predict_dataloader(self) -> DataLoader:
@@ -144,13 +136,13 @@ class Annotator(L.LightningModule):
             Reader(shards, self.prepare, self.batch_size),
             batch_size=None,
             num_workers=self.workers,
-            worker_init_fn=mortal,
+            worker_init_fn=exit_with_parent,
             pin_memory=torch.cuda.is_available(),
         )
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> int:
-        """Writes one batch; several shards are open at a time, one for each worker."""
-        if self.trainer.received_sigterm:  # Lightning asks only while it trains
+        """Write one batch; several shards are open at a time, one for each worker."""
+        if self.trainer.received_sigterm:  # Lightning checks this only in training
             raise SIGTERMException(128 + signal.SIGTERM)
         for line in batch["left_out"]:
             log.warning(line)
@@ -168,7 +160,7 @@ class Annotator(L.LightningModule):
 
 
 class Bar(L.Callback):
-    """Shards of all devices, and as a sign of life the samples of the first."""
+    """Progress bar: finished shards of all devices, and samples of the first device."""
 
     def __init__(self, work: Work) -> None:
         self.work, self.samples = work, 0
@@ -208,20 +200,20 @@ class Bar(L.Callback):
             self.bar.stop()
 
     def look(self) -> int:
-        """How many shards are still missing."""
+        """Update the bar and return the number of missing shards."""
         missing = sum(not (self.work.folder / f"{name}.json").exists() for name in self.work.missing)
         self.bar.update(self.task, completed=len(self.work.shards) - missing)
         return missing
 
 
 def annotate(annotator: Annotator, work: Work, workers: int, make_trainer: Callable[..., L.Trainer]) -> None:
-    """Writes the missing shards; returns on the first device when those of all devices are there."""
+    """Write the missing shards; on the first device, return when all devices have finished."""
     annotator.work, annotator.workers = work, workers
     bar = Bar(work)
     try:
         trainer = make_trainer(callbacks=[bar])
         trainer.predict(annotator, return_predictions=False)
-        # Not a barrier, which gives up after some minutes: each device is done when its last shard is.
+        # A barrier would time out after some minutes. A device has finished when its last shard is there.
         while trainer.is_global_zero and bar.look():
             time.sleep(0.2)
     finally:
@@ -229,17 +221,17 @@ def annotate(annotator: Annotator, work: Work, workers: int, make_trainer: Calla
         for draft in annotator.drafts.values():
             draft.discard()
     if trainer.is_global_zero:
-        for leftover in work.folder.glob(".*.part"):  # of a run that was killed
+        for leftover in work.folder.glob(".*.part"):  # from a run that was killed
             leftover.unlink(missing_ok=True)
 
 
 @rank_zero_only
 def summarize(work: Work) -> None:
-    """Says what became of the samples of this run, and which shards are not whole."""
+    """Print the counts of samples of this run, and log which shards are incomplete."""
     reports = {name: json.loads((work.folder / f"{name}.json").read_text()) for name in work.missing}
     broken = {name: counts["broken"] for name, counts in reports.items() if counts["broken"]}
     for name, reason in broken.items():
-        there = "is not whole" if reports[name]["samples"] else "was not written"
+        there = "is incomplete" if reports[name]["samples"] else "was not written"
         log.warning("%s.tar %s, and will be tried again by the next run: %s", name, there, reason)
     if work.missing and not any((work.folder / f"{name}.tar").exists() for name in work.shards):
         raise ValueError(f"no shard could be annotated: {next(iter(broken.values()))}")
@@ -250,4 +242,4 @@ def summarize(work: Work) -> None:
         f"{count['written']} shards written, {len(work.shards) - len(work.missing)} already there; "
         f"{count['samples']} samples written, {count['left_out']} broken ones left out: {work.folder}"
     )
-    print(f"{line} ({len(broken)} shards are not whole, see above)" if broken else line)
+    print(f"{line} ({len(broken)} shards are incomplete, see above)" if broken else line)

@@ -17,10 +17,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Captions(Annotator):
-    """`captions` texts of each picture, the likeliest first, under `key` of its json; all else there stays as it is.
+    """Write `captions` texts of each picture, the likeliest first, to `key` of its json; the rest of it is unchanged.
 
-    Beam search, so nothing is left to chance: the same model writes the same shards. `prompt` is what the model
-    continues or answers; one that chats gets it in its own template, beside the picture.
+    Beam search is deterministic: the same model writes the same shards. The model continues or answers `prompt`; a chat
+    model gets it with the picture in its own chat template.
     """
 
     def __init__(
@@ -40,10 +40,10 @@ class Captions(Annotator):
     ) -> None:
         super().__init__(output, batch_size)
         if captions < 1:
-            raise ValueError(f"annotator.captions={captions}: ask for 1 or more")
+            raise ValueError(f"annotator.captions={captions} must be 1 or more.")
         if beams < captions:
             raise ValueError(
-                f"annotator.beams={beams} cannot give annotator.captions={captions}, the best of the beams: "
+                f"annotator.beams={beams} is too few for annotator.captions={captions}, which are the best beams: "
                 f"set annotator.beams={captions} or more"
             )
         if dtype not in DTYPES:
@@ -58,7 +58,9 @@ class Captions(Annotator):
         }
         options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
         try:
-            if not Path(model).is_dir():  # fails at once where there is no network, the others after minutes
+            if not Path(
+                model
+            ).is_dir():  # first, because without a network it fails at once and the others after minutes
                 snapshot_download(model, revision=revision, allow_patterns="config.json")
             self.processor = AutoProcessor.from_pretrained(model, **options)
             self.model: Any = AutoModelForImageTextToText.from_pretrained(model, dtype=self.floats, **options)
@@ -69,18 +71,20 @@ class Captions(Annotator):
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"annotator.model={model} cannot be loaded ({reason}): {way_out}") from error
         self.model.requires_grad_(False)
-        self.model.generation_config.max_length = None  # beside max_new_tokens it would be warned of in every batch
+        self.model.generation_config.max_length = (
+            None  # set together with max_new_tokens it causes a warning in every batch
+        )
         self.prepare = partial(read, self.processor, self.model.config.model_type, asked(self.processor, prompt, model))
         try:
             self.prepare([{"image": Image.new("RGB", (64, 64))}])
-        except Exception as error:  # every processor has its own
+        except Exception as error:  # every processor has its own errors
             raise ValueError(
                 f"annotator.model={model} does not take a picture with annotator.prompt={prompt} ({error})"
             ) from error
 
     def annotate(self, raws: list[Raw], inputs: dict[str, Tensor]) -> list[dict[str, bytes]]:
         inputs = {name: x.to(self.floats) if x.is_floating_point() else x for name, x in inputs.items()}
-        # A copy of the prompt: BLIP writes into the one that it gets.
+        # A copy of the prompt, because BLIP changes the one that it gets.
         prompt = inputs["input_ids"].clone() if "input_ids" in inputs else None
         output = self.model.generate(**inputs, **self.search)
         found = self.processor.batch_decode(without_prompt(output, prompt), skip_special_tokens=True)
@@ -93,12 +97,12 @@ class Captions(Annotator):
 
 
 def asked(processor: Any, prompt: str | None, model: str) -> str | None:
-    """The prompt as this model was trained to get it."""
+    """Return the prompt in the form in which this model was trained."""
     if not getattr(processor, "chat_template", None):
         return prompt
     if prompt is None:
         raise ValueError(
-            f"annotator.model={model} chats and must be asked: set annotator.prompt='Describe the picture in one "
+            f"annotator.model={model} is a chat model: set annotator.prompt='Describe the picture in one "
             "sentence.' or the like"
         )
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
@@ -106,30 +110,30 @@ def asked(processor: Any, prompt: str | None, model: str) -> str | None:
 
 
 def read(processor: Any, model_type: str, prompt: str | None, samples: list[Sample]) -> dict[str, Tensor]:
-    """What the model reads of these samples: their pixels, and the prompt with each."""
+    """Return the model inputs for these samples: their pixels, each with the prompt."""
     images = [sample["image"] for sample in samples]
     if prompt is None:
         return dict(processor(images=images, return_tensors="pt"))
     tokenizer = processor.tokenizer
-    tokenizer.padding_side = "left"  # captions grow at the right
+    tokenizer.padding_side = "left"  # generation appends on the right
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     options: dict[str, Any] = {"text": [prompt] * len(images), "padding": True, "return_tensors": "pt"}
     if getattr(processor, "chat_template", None):
-        images = [[image] for image in images]  # which picture belongs to which chat
+        images = [[image] for image in images]  # assigns pictures to chats
         if tokenizer.bos_token and prompt.startswith(tokenizer.bos_token):
-            options["add_special_tokens"] = False  # the template wrote them
+            options["add_special_tokens"] = False  # the template contains them
     inputs = dict(processor(images=images, **options))
-    if model_type == "git":  # its tokenizer closes the text, and the caption is to continue it
+    if model_type == "git":  # the tokenizer appends an end token, but the caption continues the text
         inputs |= {name: inputs[name][:, :-1] for name in ("input_ids", "attention_mask")}
     return inputs
 
 
 def without_prompt(output: Tensor, prompt: Tensor | None) -> Tensor:
-    """The new tokens, [b * k, l], where the prompt was [b, n].
+    """Return the new tokens, [b * k, l], for prompts [b, n].
 
-    Models that are all decoder return the prompt too: LLaVA, GIT and BLIP-2 with OPT as it was, BLIP with another first
-    token and without its last. Models with an encoder, BLIP-2 with T5, return new tokens only. So the tokens are asked.
+    Decoder-only models return the prompt too: LLaVA, GIT and BLIP-2 with OPT unchanged, BLIP with another first token
+    and without its last. Models with an encoder, such as BLIP-2 with T5, return new tokens only. The tokens decide.
     """
     if prompt is None:
         return output
@@ -141,7 +145,7 @@ def without_prompt(output: Tensor, prompt: Tensor | None) -> Tensor:
 
 
 def with_key(data: bytes, key: str, value: Any) -> bytes:
-    """A json object with this key set. All its other bytes stay, which reading and writing it would not promise."""
+    """Return a json object with this key set. All other bytes are unchanged, which parsing would not guarantee."""
     encoding = json.detect_encoding(data)
     text, scan = data.decode(encoding, "surrogatepass"), json.JSONDecoder().raw_decode
     entry = f"{json.dumps(key)}: {json.dumps(value)}"
@@ -158,7 +162,7 @@ def with_key(data: bytes, key: str, value: Any) -> bytes:
 
 
 def between(text: str, place: int) -> int:
-    """Where what follows begins: a name after a comma, a value after a colon."""
+    """Return the position of the next name (after a comma) or value (after a colon)."""
     while text[place] in " \t\n\r,:":
         place += 1
     return place

@@ -1,4 +1,4 @@
-"""What a frozen reference CLIP says of pictures and texts, beside them: `data.features` reads it back in training."""
+"""Features of a frozen reference CLIP, stored in the shards; `data.features` reads them in training."""
 
 import io
 from functools import partial
@@ -18,10 +18,10 @@ MEMBER = "features.npz"
 
 
 class Features(Annotator):
-    """`features.npz` of each sample: `image` [d], `text` [m, d], their `strings` [m], `keys`; of unit norm, in half.
+    """Write `features.npz` of each sample: `image` [d], `text` [m, d], `strings` [m] and `keys`; unit norm, fp16.
 
-    The texts are the sample's txt, if it has one, and all strings under `keys` of its json, each once. Computed as
-    scores are: in fp32, the picture's shorter side resized and its centre cut out.
+    The texts are the sample's txt, if it has one, and all strings under `keys` of its json, without repeats. Features
+    are computed as for scores: in fp32, from the centre crop of the resized picture.
     """
 
     def __init__(self, output: str, batch_size: int, backbone: Backbone, keys: list[str]) -> None:
@@ -37,7 +37,7 @@ class Features(Annotator):
         members = []
         for image, part, texts in zip(images, parts, inputs["texts"], strict=True):
             file = io.BytesIO()
-            # Compressed for the strings: four bytes a letter, and each as long as the longest.
+            # Compressed because of the strings: numpy stores four bytes per letter, and pads to the longest.
             arrays = {"image": image, "text": part.numpy(), "strings": np.array(texts)}
             np.savez_compressed(file, keys=np.array(["txt", *self.keys]), **arrays)
             members.append({MEMBER: file.getvalue()})
@@ -45,7 +45,7 @@ class Features(Annotator):
 
 
 def read(keys: list[str], size: int, samples: list[Sample]) -> dict[str, Any]:
-    """Pictures as the backbone sees them, and the texts of each."""
+    """Return pictures in the size of the backbone, and the texts of each."""
     texts = []
     for sample in samples:
         found = [text for key in keys for text in strings(sample, key)]

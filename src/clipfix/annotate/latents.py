@@ -1,4 +1,4 @@
-"""The latents that a generator's autoencoder has of pictures, beside them: `data.latents` reads them in training."""
+"""Latents of a generator's autoencoder, stored in the shards; `data.latents` reads them in training."""
 
 import io
 from functools import partial
@@ -18,10 +18,10 @@ MEMBER = "latent.npz"
 
 
 class Latents(Annotator):
-    """`latent.npz` of each sample: `latent` [c, y, x] in half, `of` and `picture`, by which training recognises it.
+    """Write `latent.npz` of each sample: `latent` [c, y, x] in fp16; training checks it by `of` and `picture`.
 
-    Computed in `diffusion.dtype` by `Diffusion.encode`, of the picture as DIVA's training batch has it: nothing there
-    is drawn by chance, `square` resizes and crops to the larger of the backbone's and the generator's side.
+    `Diffusion.encode` computes it in `diffusion.dtype`, from the same picture as in DIVA's training batch: `square`
+    resizes and crops without randomness to the larger of the backbone's and the generator's size.
     """
 
     def __init__(self, output: str, batch_size: int, diffusion: Diffusion, backbone: Backbone) -> None:
@@ -41,5 +41,5 @@ class Latents(Annotator):
 
 
 def read(size: int, samples: list[Sample]) -> Float[Tensor, "b 3 h w"]:
-    """Pictures as `ShardData` gives them to a method of that image size."""
+    """Return pictures as `ShardData` gives them to a method with this image size."""
     return torch.stack([square(sample["image"], size) for sample in samples])

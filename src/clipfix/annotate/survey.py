@@ -1,4 +1,4 @@
-"""Which thresholds suit one's own data and reference: its cosines in numbers and pictures, and a suggestion to paste.
+"""Thresholds that suit the data and the reference: its cosines in numbers and pictures, and a suggestion to paste.
 
 Notation: S_it is the cosine of an image and a caption, S_ii of two images, S_tt of two samples' captions, their mean.
 """
@@ -28,7 +28,7 @@ EXTRA = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0)
 
 
 def survey(method: FFF, data: ShardData, folder: Path, samples: int, extra: float) -> None:
-    """Tables and a suggestion on screen; `thresholds.json` and pictures in the run folder.
+    """Print tables and a suggestion; write `thresholds.json` and pictures to the run folder.
 
     `samples` of the training stream are looked at. Counts are positives an image in a batch of `data.batch_size`, in
     which a sample counts 1 if all its captions are promoted. `extra` of them are suggested where the method's own
@@ -71,7 +71,7 @@ def survey(method: FFF, data: ShardData, folder: Path, samples: int, extra: floa
 def collect(method: FFF, data: ShardData, samples: int) -> tuple[ReferenceFeatures, Tensor | None]:
     """Return the reference's features of the first training samples, and their labels if `method.mining.same` is set.
 
-    Each sample comes once: the stream is a chain of passes, and a second copy of a picture would count as its double.
+    Each sample occurs once: the stream repeats passes, and a second copy of a picture would count as a duplicate.
     """
     looks = []
     batches = math.ceil(samples / data.batch_size)
@@ -98,7 +98,7 @@ def collect(method: FFF, data: ShardData, samples: int) -> tuple[ReferenceFeatur
 
 
 def spread(frozen: ReferenceFeatures) -> dict[str, np.ndarray]:
-    """Cosines of images with their own captions; then of any two samples: S_it, S_ii and S_tt."""
+    """Return the cosines of images with their own captions; then of any two samples: S_it, S_ii and S_tt."""
     own = torch.eye(len(frozen.image), dtype=torch.bool)
     pair = torch.einsum("id,jkd->ijk", frozen.image, frozen.text)
     return {

@@ -1,4 +1,4 @@
-"""A survey as a person reads it: histograms, precision against recall, tables, and a suggestion to paste."""
+"""Output of a survey: histograms, precision over recall, tables, and a suggestion to paste."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor
 from clipfix.evals.plots import AFTER, BEFORE, GREEN, INK, RED
 from clipfix.functional.positives import Thresholds
 
-# Each threshold with the cosines that it cuts.
+# Each threshold with the cosines that it applies to.
 CUTS = {"image_text": "S_it", "supported": "S_it", "image_image": "S_ii", "text_text": "S_tt"}
 CONDITIONS = {"image_text": AFTER, "image_image": RED, "text_text": GREEN}  # what promotes a pair
 DOTS: dict[str, Any] = {"configured": {"markersize": 6}, "suggested": {"markersize": 12, "markerfacecolor": "none"}}
@@ -27,7 +27,7 @@ RULE = (
 
 
 def precision_recall(same: Mapping[str, Tensor], cosines: Mapping[str, np.ndarray], found: Mapping[str, Any]) -> Figure:
-    """A curve for each condition alone, with a dot at each choice; the whole rule has dots only.
+    """Plot a curve for each condition alone, with a dot at each choice; the whole rule has dots only.
 
     By condition: which entries are truly the same, the cosines that should tell, and what was found of the choices.
     """
@@ -54,11 +54,11 @@ def precision_recall(same: Mapping[str, Tensor], cosines: Mapping[str, np.ndarra
 
 
 def histograms(cosines: Mapping[str, np.ndarray], choices: Mapping[str, Thresholds]) -> Figure:
-    """Where the cosines of others lie, own captions among them in S_it, and where the thresholds cut."""
+    """Plot the distributions of the cosines, in S_it also of own captions, with the thresholds."""
     figure = Figure(figsize=(13, 4), layout="constrained")
     titles = {"S_it": "S_it: image and caption", "S_ii": "S_ii: image and image", "S_tt": "S_tt: captions and captions"}
     lines: dict[str, Any] = {
-        "configured": {"color": INK, "linewidth": 3.5, "alpha": 0.5},  # seen beneath the other where both agree
+        "configured": {"color": INK, "linewidth": 3.5, "alpha": 0.5},  # stays visible below the other if both agree
         "suggested": {"color": RED, "linewidth": 1.5},
     }
     for axis, (name, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
@@ -67,7 +67,7 @@ def histograms(cosines: Mapping[str, np.ndarray], choices: Mapping[str, Threshol
             axis.hist(cosines["own"], bins=edges, color=AFTER, label="own captions")
         for choice, bars in choices.items():
             for threshold, bar in bars._asdict().items():
-                if CUTS[threshold] == name and -1 <= bar <= 1:  # others let everything through or nothing
+                if CUTS[threshold] == name and -1 <= bar <= 1:  # others promote everything or nothing
                     label = choice + (": supported" if threshold == "supported" else "")
                     axis.axvline(bar, linestyle=":" if threshold == "supported" else "-", label=label, **lines[choice])
         axis.set_title(title, fontsize=10, loc="left", fontweight="bold")
@@ -79,7 +79,7 @@ def histograms(cosines: Mapping[str, np.ndarray], choices: Mapping[str, Threshol
 
 
 def tell(found: Mapping[str, Any], paths: list[Path]) -> None:
-    """Everything that was found, on screen; the suggestion last, as it is to be pasted."""
+    """Print all results; the suggestion comes last, in a form to paste."""
     console = Console(highlight=False)
     captions, among, choices = found["captions"], found["batch_size"], ("configured", "suggested")
     shown = grid(f"Cosines of {found['samples']} samples, {captions} captions each", [""], found["cosines"]["own"])

@@ -1,7 +1,7 @@
-"""The output folder of `run=annotate`: which shards are still to be written, and that each is whole or absent.
+"""The output folder of `run=annotate`: which shards are missing. A shard is there completely or not at all.
 
-Beside each shard lies a small json that counts what became of its samples. It is written last, so a killed run leaves
-whole shards with their counts, and the next run makes the others.
+A small json next to each shard counts its samples. It is written last, so a killed run leaves complete shards with
+their counts, and the next run writes the others.
 """
 
 import contextlib
@@ -16,23 +16,23 @@ from urllib.parse import urlsplit
 from clipfix.data.shards import expand
 from clipfix.system.files import add_sample, put_json
 
-SETTINGS = "annotator.json"  # in the output folder: what all its shards were made by
-PLACE = ("output", "batch_size")  # keys of an annotator that change nothing in its shards
-COUNTED = ("samples", "left_out")  # what becomes of a sample
+SETTINGS = "annotator.json"  # in the output folder: the settings of all its shards
+PLACE = ("output", "batch_size")  # keys of an annotator that do not change its shards
+COUNTED = ("samples", "left_out")  # the fates of a sample
 
-Raw = dict[str, Any]  # a sample as it lies in its shard: bytes by suffix, and its __key__
+Raw = dict[str, Any]  # an undecoded sample: bytes by suffix, and its __key__
 
 
 class Work(NamedTuple):
-    """An output folder and what belongs into it."""
+    """An output folder and its shards."""
 
     folder: Path
-    shards: dict[str, str]  # name -> url it is made from
-    missing: list[str]  # names that are not there yet
+    shards: dict[str, str]  # name -> source url
+    missing: list[str]  # names of those to write
 
 
 def plan(urls: str | list[str], output: str, settings: dict[str, Any], allow_pipe: bool = False) -> Work:
-    """What is to do; everything that can be wrong with the folders is told here, before a model is loaded."""
+    """Return what to do. All errors about folders are raised here, before a model is loaded."""
     folder = Path(output).expanduser()
     shards: dict[str, str] = {}
     for url in expand(urls, allow_pipe):
@@ -48,19 +48,19 @@ def plan(urls: str | list[str], output: str, settings: dict[str, Any], allow_pip
     claim(folder, settings)
     missing = [name for name, url in shards.items() if not finished(folder, name, url)]
     for name in missing:
-        (folder / f"{name}.json").unlink(missing_ok=True)  # whoever waits for a shard waits for its new counts
+        (folder / f"{name}.json").unlink(missing_ok=True)  # a shard is complete when its new counts are there
     return Work(folder, shards, missing)
 
 
 def name_of(url: str) -> str:
-    """What the shard is called in its path or url, or in the command of a pipe; without .tar."""
+    """Return the name of a shard, without .tar, from its path, its url or the command of a pipe."""
     if not (names := re.findall(r"([^/\s?=]+)\.(?:tar|tgz)\b", url)):
-        raise ValueError(f"{url} has no name that ends in .tar, by which its annotated copy could be called")
+        raise ValueError(f"{url} has no name that ends in .tar, which its annotated copy needs")
     return names[-1]
 
 
 def claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Makes the folder, or checks that its shards were made by the same settings."""
+    """Make the folder, or check that its shards were made with the same settings."""
     path = folder / SETTINGS
     found = json.loads(path.read_text()) if path.exists() else {}
     if found != settings and any(folder.glob("*.tar")):
@@ -76,7 +76,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def finished(folder: Path, name: str, url: str) -> bool:
-    """Whether the shard is there, whole; one that was cut off is read again, as it may have been repaired."""
+    """Return whether the shard is complete. A truncated source is read again, because it may have been repaired."""
     report = folder / f"{name}.json"
     if not report.exists() or not (folder / f"{name}.tar").exists():
         return False
@@ -90,31 +90,31 @@ def finished(folder: Path, name: str, url: str) -> bool:
 
 
 def size(url: str) -> int | None:
-    """By which two shards of one name are told apart, where that costs nothing."""
+    """Return the size of a local shard in bytes, which tells apart two shards of one name."""
     return None if urlsplit(url).scheme else Path(url).stat().st_size
 
 
 class Draft:
-    """A shard that is being written, under another name until it is whole."""
+    """A shard that is being written; it has another name until it is complete."""
 
     def __init__(self, folder: Path, name: str, url: str) -> None:
         self.folder, self.name, self.url = folder, name, url
         self.counts = dict.fromkeys(COUNTED, 0)
         self.path = folder / f".{name}.{uuid.uuid4().hex}.part"
-        self.tar = tarfile.open(self.path, "x")  # noqa: SIM115  closed when the shard is whole
+        self.tar = tarfile.open(self.path, "x")  # noqa: SIM115  closed when the shard is complete
 
     def add(self, raw: Raw) -> None:
-        """One sample."""
+        """Append one sample."""
         add_sample(self.tar, raw["__key__"], {name: part for name, part in raw.items() if not name.startswith("__")})
         self.counts["samples"] += 1
 
     def finish(self, broken: str | None) -> None:
-        """The shard gets its name, then its counts; one without any sample but broken ones gets none."""
+        """Give the shard its name, then write its counts; a shard with only broken samples gets no name."""
         self.tar.close()
         if not broken and self.counts["left_out"] and not self.counts["samples"]:
             broken = f"none of the {self.counts['left_out']} samples of {self.url} can be used"
         if not broken or self.counts["samples"]:
-            # Whoever else writes this folder makes the same bytes, and sweeps up drafts when done.
+            # Another process may write the same bytes to this folder, and it removes drafts when it has finished.
             with contextlib.suppress(FileNotFoundError):
                 self.path.replace(self.folder / f"{self.name}.tar")
         self.path.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""A repaired CLIP as the folders that its consumers load by themselves: one target a file here.
+"""Export of a model to folders that other libraries load. Each target is one file here.
 
-A target is a function from a backbone to the files of its folder, and refuses a model that it cannot hold. All of them
-are asked before anything is written.
+A target is a function that returns the files of its folder for a backbone. It raises an error for a model that it does
+not support. All targets are called before anything is written.
 """
 
 import os
@@ -29,23 +29,25 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def check(to: Sequence[str], output: Path, dtype: str, overwrite: bool, push_to: str | None) -> None:
-    """What can be known to fail before a model is loaded."""
+    """Check the settings, before a model is loaded."""
     if unknown := [target for target in to if target not in TARGETS]:
-        raise ValueError(f"export.to={unknown[0]} is no target: choose from {', '.join(TARGETS)}.")
+        raise ValueError(f"export.to={unknown[0]} does not exist: choose from {', '.join(TARGETS)}.")
     if not to:
         raise ValueError(f"export.to is empty: choose from {', '.join(TARGETS)}.")
     if dtype not in DTYPES:
-        raise ValueError(f"export.dtype={dtype} is none: choose from {', '.join(DTYPES)}.")
+        raise ValueError(f"export.dtype={dtype} does not exist: choose from {', '.join(DTYPES)}.")
     if not isinstance(overwrite, bool):
         raise ValueError(f"export.overwrite={overwrite} is neither true nor false.")
     there = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise ValueError(f"export.output={output} cannot be written, {there} is why: give a folder as export.output.")
+        raise ValueError(
+            f"export.output={output} cannot be written because of {there}: give a folder as export.output."
+        )
     for target in to:
         check_free(output / target, overwrite)
     if push_to is not None:
         if len(to) > 1:
-            raise ValueError(f"export.push_to is one repository, and export.to has {len(to)} targets: name one.")
+            raise ValueError(f"export.push_to is one repository, but export.to has {len(to)} targets: name one.")
         check_login()
 
 
@@ -58,9 +60,9 @@ def export(
     push_to: str | None,
     about: Mapping[str, Any],
 ) -> list[Path]:
-    """Each target as `output/<target>`, in whole folders; the names of those. `about` goes into the model card.
+    """Write each target to `output/<target>` and return these folders. `about` is for the model card.
 
-    Of settings that `check` has passed.
+    `check` must have accepted the settings.
     """
     planned = {target: TARGETS[target](backbone) for target in to}
     for target, files in planned.items():
@@ -72,12 +74,12 @@ def export(
 
 
 def check_login() -> None:
-    """Asks the hub who this is, before any work."""
+    """Check the login at the hub, before any work."""
     import huggingface_hub
 
     try:
         huggingface_hub.whoami()
-    except Exception as error:  # no token, a wrong one or no network: its classes differ by release
+    except Exception as error:  # no token, a wrong one or no network: the error class depends on the release
         raise ValueError(
             f"export.push_to needs a login at the hub ({str(error).splitlines()[0]}): run `hf auth login`, or set "
             "HF_TOKEN to a token that may write."

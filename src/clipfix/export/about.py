@@ -1,4 +1,4 @@
-"""What is known of a model that is exported: its base, its repair, and scores of these very weights."""
+"""Facts about an exported model: its base, its repair, and the scores of exactly these weights."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,11 +17,11 @@ def about(
     checkpoint: str | None,
     licences: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Facts for the model card. `pretrained` and `trained_on` are the config's; `repair` is as in a result file."""
+    """Return facts for the model card. `pretrained` and `trained_on` are the config's; `repair` as in results.json."""
     facts = provenance.facts(backbone, {})
     weights = weights_hash(backbone.model)
     record = scored(checkpoint, weights)
-    told = None if pretrained is None else Path(pretrained).name  # a tag, or a file wherever it lies here
+    told = None if pretrained is None else Path(pretrained).name  # a tag, or the name of a file without its folder
     return {
         "model": facts["model"],
         "pretrained": told,
@@ -42,5 +42,5 @@ def scored(checkpoint: str | None, weights: str) -> Record | None:
 
 
 def portable(url: str) -> str:
-    """A url as it is, a path without where it lies on this machine."""
+    """Return a url unchanged, and only the last two parts of a path."""
     return url if "://" in url else "/".join(Path(url).parts[-2:])

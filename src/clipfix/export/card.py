@@ -1,4 +1,4 @@
-"""What an exported folder says of itself: README.md for people and the hub, provenance.json for programs."""
+"""Description of an exported folder: README.md for people and the hub, provenance.json for programs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -47,7 +47,7 @@ def files(backbone: Backbone, target: str, about: Mapping[str, Any]) -> Files:
 
 
 def readme(target: str, about: Mapping[str, Any]) -> str:
-    """A model card: where it comes from, how to load it, what it scores, what it is not."""
+    """Return the model card: origin, how to load it, scores, limits."""
     licence = about.get("licence")
     header = {"license": licence or "other", "library_name": LIBRARIES.get(target), "tags": "[clip, clipfix]"}
     lines = ["---", *(f"{key}: {value}" for key, value in header.items() if value), "---", ""]
@@ -76,7 +76,7 @@ def readme(target: str, about: Mapping[str, Any]) -> str:
 
 
 def scored(about: Mapping[str, Any]) -> list[str]:
-    """The scores before and after, where there are such."""
+    """Return the table of scores before and after, if there are scores."""
     scores = about.get("scores")
     if not scores:
         return ["## Scores", "", "None: no result file of these very weights lay beside the checkpoint.", ""]
@@ -90,7 +90,7 @@ def scored(about: Mapping[str, Any]) -> list[str]:
 
 
 def limits(target: str, about: Mapping[str, Any]) -> list[str]:
-    """What a reader must not take for granted."""
+    """Return the limits of the model."""
     lines = ["## Limits", ""]
     lines.append("- It knows and judges as its base model does, with that model's biases; a repair mends one fault.")
     if about.get("scores"):

@@ -1,9 +1,9 @@
 """A text encoder for ComfyUI: one file for models/text_encoders.
 
-ComfyUI tells its three CLIPs apart by the number of blocks, and reads the length off the position table.
+ComfyUI distinguishes its three CLIPs by the number of blocks, and takes the length from the position table.
 Source: comfy/sd1_clip_config.json, sd2_clip_config.json and clip_config_bigg.json; `CLIPTextModel` of
 comfy/clip_model.py, whose projection is square; `detect_te_model` of comfy/sd.py.
-Departs: ComfyUI is no library and was not run here. That it takes files of these names and shapes was read in its code.
+Departs: ComfyUI is not a library and was not run. Its code shows that it takes files with these names and shapes.
 """
 
 from clipfix.export import transformers
@@ -20,7 +20,7 @@ KNOWN = {
 
 
 def files(backbone: Backbone) -> Files:
-    """The text tower with its projection, named by kind and length."""
+    """Return the text tower with its projection, in a file named by kind and length."""
     config = transformers.clip_text(backbone)
     sizes = tuple(config[key] for key in KEYS)
     kind = next((name for name, known in KNOWN.items() if known == sizes), None)

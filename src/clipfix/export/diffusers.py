@@ -1,7 +1,7 @@
-"""A text encoder for the pipelines of diffusers: `text_encoder/` and `tokenizer/`, to lay over those of a model.
+"""A text encoder for the pipelines of diffusers: `text_encoder/` and `tokenizer/`, which replace those of a model.
 
-Pipelines cut a prompt at `tokenizer.model_max_length`, which is the length of the text tower. SDXL joins the tokens of
-its two encoders feature by feature, so both must have one length: stretch both.
+Pipelines cut a prompt at `tokenizer.model_max_length`, which is the length of the text tower. SDXL concatenates the
+features of its two encoders per token, so both must have the same length: stretch both.
 """
 
 from clipfix.export import transformers
@@ -11,12 +11,12 @@ from clipfix.models.clip import Backbone
 
 
 def files(backbone: Backbone) -> Files:
-    """The encoder of Stable Diffusion 1.5 and Flux, and SDXL's first: `CLIPTextModel`, padded by the end token."""
+    """Return the encoder of SD 1.5 and Flux, and the first of SDXL: `CLIPTextModel`, padded by the end token."""
     return encoder(backbone, "", "<|endoftext|>", projected=False)
 
 
 def second_files(backbone: Backbone) -> Files:
-    """SDXL's second encoder, an OpenCLIP bigG: `CLIPTextModelWithProjection`, padded by `!`, whose id is 0."""
+    """Return SDXL's second encoder, an OpenCLIP bigG: `CLIPTextModelWithProjection`, padded by `!` with the id 0."""
     return encoder(backbone, "_2", "!", projected=True)
 
 
@@ -31,7 +31,7 @@ def encoder(backbone: Backbone, number: str, pad_token: str, projected: bool) ->
 
 
 def text_model(backbone: Backbone, projected: bool) -> tuple[dict, dict]:
-    """Weights and config of the text tower alone; refused where it is none of CLIP's."""
+    """Return weights and config of the text tower; raise ValueError if it is not of CLIP's kind."""
     config = transformers.clip_text(backbone)
     kept = ("text_model.", "text_projection.") if projected else ("text_model.",)
     text = {key: value for key, value in backbone.model.state_dict().items() if key.startswith("text.")}

@@ -1,4 +1,4 @@
-"""Files of an export into a folder that is there whole or not at all."""
+"""Writing the files of an export: a folder is there completely or not at all."""
 
 import contextlib
 import glob
@@ -17,38 +17,38 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
-PROVENANCE = "provenance.json"  # the mark of a folder that an export wrote, and may replace
-LARGEST_FILE = 5_000_000_000  # bytes; what the hub and transformers cut at
+PROVENANCE = "provenance.json"  # marks a folder that an export wrote and may replace
+LARGEST_FILE = 5_000_000_000  # bytes; where the hub and transformers split files
 ABANDONED = 3600  # seconds; one file of 5 GB takes a fraction of that even on a slow disk
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors for one safetensors file, or for several where its reader knows how to join them."""
+    """Tensors for one safetensors file, or for several if the reader supports that."""
 
     state: Mapping[str, Tensor]
     in_parts: bool = False
 
 
-Content = bytes | str | dict[str, Any] | list[Any] | Weights  # dictionaries and lists are json
-Files = dict[str, Content]  # by path inside the folder
+Content = bytes | str | dict[str, Any] | list[Any] | Weights  # dicts and lists are written as json
+Files = dict[str, Content]  # path inside the folder -> content
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
-    """Refuses a folder that holds anything but an export that may be replaced."""
+    """Raise ValueError for a folder with other content than an export that may be replaced."""
     if not folder.exists():
         return
     if not (folder / PROVENANCE).is_file():
-        raise ValueError(f"{folder} is there and no export wrote it: give another export.output.")
+        raise ValueError(f"{folder} exists and no export wrote it: give another export.output.")
     if not overwrite:
-        raise ValueError(f"{folder} is there already: set export.overwrite=true to replace it, or export.output.")
+        raise ValueError(f"{folder} exists: set export.overwrite=true to replace it, or give another export.output.")
 
 
 def write(files: Files, folder: Path, dtype: torch.dtype, overwrite: bool = False) -> None:
-    """All of the files under a hidden name beside `folder`, on disk, and only then under its own.
+    """Write all files to a hidden folder beside `folder`, flush them to disk, then rename it.
 
-    A process that is killed leaves at most that hidden folder, which a later export to this place clears away; one
-    that fails or is interrupted not even that.
+    A killed process leaves at most that hidden folder, which a later export to the same place removes. A process that
+    fails or is interrupted leaves nothing.
     """
     check_free(folder, overwrite)
     clear_drafts(folder)
@@ -77,29 +77,29 @@ def write(files: Files, folder: Path, dtype: torch.dtype, overwrite: bool = Fals
 
 
 def clear_drafts(folder: Path) -> None:
-    """Removes what killed exports to this place left: drafts that nobody has written to for `ABANDONED` seconds.
+    """Remove drafts of killed exports to this place: those not written to for `ABANDONED` seconds.
 
-    By age and not by process id, as who writes may be another machine on a shared disk. A folder that is being replaced
-    (`.old`) stays: of a process killed between its two renames it is the only copy.
+    The age decides, not the process id, because another machine may write to a shared disk. A folder that is being
+    replaced (`.old`) is kept: if the process was killed between its two renames, it is the only copy.
     """
     for draft in folder.parent.glob(f".{glob.escape(folder.name)}.{'[0-9a-f]' * 8}.part"):
-        with contextlib.suppress(FileNotFoundError):  # done in this moment
+        with contextlib.suppress(FileNotFoundError):  # renamed in this moment
             if time.time() - max(path.stat().st_mtime for path in [draft, *draft.rglob("*")]) > ABANDONED:
                 shutil.rmtree(draft, ignore_errors=True)
 
 
 def write_weights(path: Path, weights: Weights, dtype: torch.dtype, largest: int = LARGEST_FILE) -> None:
-    """One file, or parts of at most `largest` bytes with the index that transformers reads."""
+    """Write one file, or parts of at most `largest` bytes with the index that transformers reads."""
     pattern = f"{path.stem}{{suffix}}.safetensors"
     state = dict(weights.state)
     if not weights.in_parts:
         largest = sum(tensor.nbytes for tensor in state.values()) + 1
     parts = split_torch_state_dict_into_shards(state, filename_pattern=pattern, max_shard_size=largest)
     for name, keys in parts.filename_to_tensors.items():
-        # One part after the other is converted, and what has the right type is written from where it lies.
+        # Convert one part after the other; tensors of the right type are written without a copy.
         part = {key: state[key].detach().to("cpu", dtype).contiguous() for key in keys}
         save_file(part, path.with_name(name), metadata={"format": "pt"})
-        path.with_name(name).chmod(0o644)  # safetensors writes for its owner alone, but folders are shared and shipped
+        path.with_name(name).chmod(0o644)  # safetensors gives permissions to the owner alone, but exports are shared
     if parts.is_sharded:
         index = {"metadata": parts.metadata, "weight_map": parts.tensor_to_filename}
         put(path.with_name(f"{path.name}.index.json"), index)
@@ -112,7 +112,7 @@ def put(path: Path, content: bytes | str | dict[str, Any] | list[Any]) -> None:
 
 
 def flush(path: Path) -> None:
-    """Waits until a file's or folder's content is on disk."""
+    """Wait until the content of a file or folder is on disk."""
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)

@@ -1,4 +1,4 @@
-"""A vision tower for LLaVA and its kin: what `CLIPVisionModel` or `SiglipVisionModel` and its image processor read."""
+"""A vision tower for LLaVA and similar models: files for `CLIPVisionModel` or `SiglipVisionModel`."""
 
 from clipfix.export import transformers
 from clipfix.export.folder import Files, Weights
@@ -6,7 +6,7 @@ from clipfix.models.clip import Backbone
 
 
 def files(backbone: Backbone) -> Files:
-    """The visual tower alone, under the names `vision_model.*` that transformers 4 needs, which LLaVA brings."""
+    """Return the visual tower with names `vision_model.*`, which transformers 4, the version of LLaVA, needs."""
     state, config = transformers.model(backbone)
     tower = {key: value for key, value in state.items() if key.startswith("vision_model.")}
     name = config["architectures"][0].replace("Model", "VisionModel")

@@ -1,4 +1,4 @@
-"""open_clip's own folder: `open_clip.create_model_and_transforms("local-dir:folder")`. It holds every model."""
+"""open_clip's own folder: `open_clip.create_model_and_transforms("local-dir:folder")`. It supports every model."""
 
 from open_clip.tokenizer import HFTokenizer
 
@@ -9,10 +9,10 @@ from clipfix.models.pretrained import CONFIG_FILE, WEIGHT_FILES
 
 
 def files(backbone: Backbone) -> Files:
-    """Config and weights; and the tokenizer, where it is none of open_clip's own: it is looked for in the folder.
+    """Return config and weights, and the tokenizer if it is not open_clip's own; open_clip reads it from the folder.
 
-    A stretched text tower is told by `text_cfg.context_length`, which open_clip gives to model and tokenizer; were it
-    left at 77, open_clip would silently interpolate the table back.
+    `text_cfg.context_length` is the length of a stretched text tower, for model and tokenizer. If it were still 77,
+    open_clip would silently interpolate the position table back.
     """
     state, described = backbone.as_open_clip()
     content: Files = {CONFIG_FILE: described, WEIGHT_FILES[0]: Weights(state)}

@@ -1,4 +1,4 @@
-"""sentence-transformers 6 and later: the folder of transformers as it is, read for texts and for pictures."""
+"""sentence-transformers 6 and later: it reads the folder of transformers, for texts and pictures."""
 
 from clipfix.export import transformers
 from clipfix.export.folder import Files
@@ -6,7 +6,7 @@ from clipfix.models.clip import Backbone
 
 
 def files(backbone: Backbone) -> Files:
-    """Of CLIP alone: a text is padded to the longest of its batch there, and SigLIP is trained on the full length."""
+    """Return the files of a CLIP; refuse SigLIP, whose texts need full length and are padded to the longest here."""
     _, config = transformers.model(backbone)
     if config["model_type"] != "clip":
         raise ValueError(

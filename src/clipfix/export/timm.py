@@ -1,6 +1,6 @@
 """The visual tower for timm: `timm.create_model("local-dir:/path/to/folder", pretrained=True)`.
 
-timm reads the weights under open_clip's names and renames them itself; the classifier is CLIP's projection.
+timm reads weights with open_clip's names and renames them; the classifier is CLIP's projection.
 """
 
 from typing import Any
@@ -12,13 +12,13 @@ from clipfix.export.folder import Files, Weights
 from clipfix.models.clip import Backbone
 from clipfix.models.pretrained import WEIGHT_FILES
 
-# One architecture of timm's stands for all of CLIP's; `model_args` give it its sizes.
+# One architecture of timm represents all of CLIP's; `model_args` set the sizes.
 CLIP = {"gelu": "vit_base_patch16_clip_224", "quick_gelu": "vit_base_patch16_clip_quickgelu_224"}
 NORM_EPS = 1e-5  # of these two
 
 
 def files(backbone: Backbone) -> Files:
-    """timm's config.json and the visual tower, whose output are features in the joint space."""
+    """Return timm's config.json and the visual tower; its output are features in the joint space."""
     visual: Any = backbone.visual
     if isinstance(visual, TimmModel):
         if len(visual.head):

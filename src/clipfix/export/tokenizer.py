@@ -1,4 +1,4 @@
-"""Tokenizers as files of transformers that give the ids that this model was trained and scored on."""
+"""Tokenizers as files of transformers, with the same token ids as in training and scoring."""
 
 import html
 import json
@@ -14,16 +14,16 @@ from tokenizers import Regex, normalizers
 from clipfix.export.folder import Files
 from clipfix.models.tokenizer import byte_pairs, clip_tokenizer
 
-# What captions hold of html; open_clip unescapes all 2,231 names, of which these occur.
+# Html names that occur in captions; open_clip decodes all 2,231.
 ENTITIES = ("lt", "gt", "quot", "apos", "#39", "nbsp")
 
 
 def clip_files(context_length: int, pad_token: str = "<|endoftext|>", cleaned: bool = True) -> Files:
-    """CLIP's tokenizer, for transformers old and new.
+    """Return CLIP's tokenizer, for transformers 4 and 5.
 
-    With `cleaned`, tokenizer.json also does what open_clip does to a text first (`cleaning`), and names a class that
-    reads the file as it is: transformers 5 rebuilds what it calls a CLIPTokenizer without looking at that part.
-    Without, it is transformers' own CLIP tokenizer, which diffusers' pipelines ask for by name.
+    With `cleaned`, tokenizer.json also cleans a text as open_clip does (`cleaning`), and names a class that reads the
+    file unchanged: transformers 5 rebuilds a CLIPTokenizer without that part. Without `cleaned`, it is the CLIP
+    tokenizer of transformers, which the pipelines of diffusers request by name.
     """
     tokenizer = clip_tokenizer(context_length, pad_token)
     vocab, merges = byte_pairs()
@@ -37,14 +37,14 @@ def clip_files(context_length: int, pad_token: str = "<|endoftext|>", cleaned: b
             "unk_token": "<|endoftext|>",
         },
     }
-    # Old readers take the vocabulary from vocab.json and merges.txt, new ones from tokenizer.json.
+    # Old versions read the vocabulary from vocab.json and merges.txt, new ones from tokenizer.json.
     return named | _saved(tokenizer, cleaning() if cleaned else [], "lower" if cleaned else None)
 
 
 def hub_files(tokenizer: Any, context_length: int, clean: str | None) -> Files:
-    """A tokenizer that open_clip took from the hub (SigLIP's), with what open_clip does to a text before it.
+    """Return a tokenizer that open_clip took from the hub (SigLIP's), with open_clip's cleaning of a text.
 
-    `clean` is open_clip's name for that, null where the reader is open_clip, which does it itself.
+    `clean` is open_clip's name of the cleaning; None if the reader is open_clip, which cleans by itself.
     """
     tokenizer.model_max_length = context_length
     if clean is None:
@@ -60,11 +60,11 @@ def hub_files(tokenizer: Any, context_length: int, clean: str | None) -> Files:
 
 
 def cleaning() -> list[Any]:
-    """What open_clip's `basic_clean` does to a text (ftfy, then html), as far as rules without a dictionary can.
+    """Return rules that clean a text as open_clip's `basic_clean` does (ftfy, then html), as far as fixed rules can.
 
-    Straight quotes, no ligatures, no wide characters, no control characters, composed accents, common html names, and
-    a Greek word's last sigma, which Python's lower() tells from others and a lower-casing by character does not.
-    Departs: a text that was decoded wrongly (as in Ã© for é) is mended by ftfy and not by these.
+    They straighten quotes, split ligatures, replace full-width characters, remove control characters, compose accents,
+    decode common html names, and lower-case the last sigma of a Greek word as Python's lower() does.
+    Departs: ftfy repairs a text with a wrong encoding (such as Ã© for é); these rules do not.
     """
     wide = {chr(code): text for code, text in chardata.WIDTH_MAP.items()}
     joined = {chr(code): text for code, text in chardata.LIGATURES.items()}
@@ -82,7 +82,7 @@ def cleaning() -> list[Any]:
 
 
 def _saved(tokenizer: Any, steps: Sequence[Any], clean: str | None) -> Files:
-    """The files of `save_pretrained`, with more steps before the tokenizer's own."""
+    """Return the files of `save_pretrained`, with these steps before the tokenizer's own."""
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         saved = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}

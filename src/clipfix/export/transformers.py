@@ -1,8 +1,8 @@
-"""A repaired CLIP as transformers reads it: `CLIPModel` or `SiglipModel`, whole or one tower.
+"""Files for transformers: `CLIPModel` or `SiglipModel`, whole or one tower.
 
-Every weight has the name that the whole model's `save_pretrained` gave it in transformers 4 (`text_model.`,
-`vision_model.`): transformers 5 writes a single tower without these, and 4 then leaves it random with a mere warning.
-Files are therefore written here and not by transformers.
+Every weight has the name that `save_pretrained` of the whole model gives in transformers 4 (`text_model.`,
+`vision_model.`). transformers 5 writes a single tower without these prefixes, and 4 then leaves it random with only a
+warning, so the files are written here.
 """
 
 from collections.abc import Mapping
@@ -25,14 +25,14 @@ ACTIVATIONS = {"QuickGELU": "quick_gelu", "GELU": "gelu", "GELUTanh": "gelu_pyto
 
 
 def files(backbone: Backbone) -> Files:
-    """A folder for `AutoModel` and `AutoProcessor`, `CLIPModel` and `SiglipModel`, and each tower alone."""
+    """Return the files for `AutoModel`, `AutoProcessor`, `CLIPModel`, `SiglipModel`, and each tower alone."""
     state, config = model(backbone)
     config_and_weights: Files = {"config.json": config, "model.safetensors": Weights(state, in_parts=True)}
     return config_and_weights | tokenizer_files(backbone) | image_files(backbone)
 
 
 def model(backbone: Backbone) -> tuple[State, dict[str, Any]]:
-    """Weights and config.json of a whole model; refused where transformers has no class that computes the same."""
+    """Return weights and config.json; raise ValueError if no class of transformers computes the same."""
     if isinstance(backbone.visual, TimmModel):
         return siglip(backbone)
     return clip(backbone)
@@ -42,7 +42,7 @@ def model(backbone: Backbone) -> tuple[State, dict[str, Any]]:
 
 
 def clip(backbone: Backbone) -> tuple[State, dict[str, Any]]:
-    """A `CLIPModel`."""
+    """Return weights and config of a `CLIPModel`."""
     visual, text = clip_visual(backbone), clip_text(backbone)
     state = to_clip(backbone.model.state_dict())
     config = {
@@ -56,7 +56,7 @@ def clip(backbone: Backbone) -> tuple[State, dict[str, Any]]:
 
 
 def clip_visual(backbone: Backbone) -> dict[str, Any]:
-    """`CLIPVisionConfig` of the visual tower."""
+    """Return the `CLIPVisionConfig` of the visual tower."""
     tower: Any = backbone.visual
     if not isinstance(tower, VisionTransformer):
         raise refusal(backbone, f"its visual tower is a {type(tower).__name__}, and CLIPModel has a plain ViT")
@@ -74,10 +74,10 @@ def clip_visual(backbone: Backbone) -> dict[str, Any]:
 
 
 def clip_text(backbone: Backbone) -> dict[str, Any]:
-    """`CLIPTextConfig` of the text tower.
+    """Return the `CLIPTextConfig` of the text tower.
 
-    `eos_token_id` 2 is the mark by which transformers pools at the largest id, as CLIP does, in every version of it;
-    it stands in OpenAI's own files, with the two ids beside it.
+    With `eos_token_id` 2, every version of transformers pools at the largest id, as CLIP does. OpenAI's own files have
+    this value, and the two ids beside it.
     """
     tower = text_tower(backbone)
     plain = tower.attn_mask is not None and tower.cls_emb is None and tower.pool_type == "argmax"
@@ -106,7 +106,7 @@ def to_clip(state: Mapping[str, Tensor]) -> State:
 
 
 def siglip(backbone: Backbone) -> tuple[State, dict[str, Any]]:
-    """A `SiglipModel`, whose GELU is that of these towers: exact in SigLIP, where the original approximates it."""
+    """Return weights and config of a `SiglipModel`, with the exact GELU of these towers; the original approximates."""
     visual, text = siglip_visual(backbone), siglip_text(backbone)
     config = {
         "architectures": ["SiglipModel"],
@@ -122,7 +122,7 @@ def siglip(backbone: Backbone) -> tuple[State, dict[str, Any]]:
 
 
 def siglip_visual(backbone: Backbone) -> dict[str, Any]:
-    """`SiglipVisionConfig` of the visual tower."""
+    """Return the `SiglipVisionConfig` of the visual tower."""
     tower: Any = backbone.visual
     trunk = tower.trunk
     fits = (
@@ -146,7 +146,7 @@ def siglip_visual(backbone: Backbone) -> dict[str, Any]:
 
 
 def siglip_text(backbone: Backbone) -> dict[str, Any]:
-    """`SiglipTextConfig` of the text tower."""
+    """Return the `SiglipTextConfig` of the text tower."""
     tower = text_tower(backbone)
     plain = tower.attn_mask is None and tower.cls_emb is None and tower.pool_type == "last"
     if not (plain and not tower.use_pad_mask and isinstance(tower.text_projection, nn.Linear)):
@@ -156,7 +156,7 @@ def siglip_text(backbone: Backbone) -> dict[str, Any]:
         "vocab_size": tower.vocab_size,
         "max_position_embeddings": len(tower.positional_embedding),
         "projection_size": tower.text_projection.out_features,
-        "bos_token_id": None,  # by default CLIP's, which are past this vocabulary
+        "bos_token_id": None,  # the defaults are CLIP's ids, which are outside of this vocabulary
         "eos_token_id": None,
         **blocks(backbone, tower.transformer.resblocks),
     }
@@ -185,7 +185,7 @@ def reverse(names: Mapping[str, str]) -> dict[str, str]:
 
 
 def in_three(state: State) -> State:
-    """Query, key and value of each block apart, as views."""
+    """Split query, key and value of each block, as views."""
     apart: State = {}
     for key, value in state.items():
         if ".self_attn.in_proj_" in key:
@@ -197,7 +197,7 @@ def in_three(state: State) -> State:
 
 
 def blocks(backbone: Backbone, layers: Any) -> dict[str, Any]:
-    """Sizes and activation that both towers' configs have, read off the blocks: open_clip's own or timm's."""
+    """Return the sizes and the activation of a tower from its blocks, which are open_clip's own or timm's."""
     first = layers[0]
     if not (isinstance(first, ResidualAttentionBlock) or isinstance(getattr(first, "norm1", None), nn.LayerNorm)):
         raise refusal(backbone, f"its blocks, {type(first).__name__}, are not those of a plain transformer")
@@ -225,19 +225,19 @@ def text_tower(backbone: Backbone) -> Any:
 
 
 def has_clip_words(backbone: Backbone) -> bool:
-    """Told without building a tokenizer, some of which live on the hub."""
+    """Return whether the words are CLIP's, without building a tokenizer, because some are on the hub."""
     return "hf_tokenizer_name" not in backbone.config["text_cfg"]
 
 
 def checked(backbone: Backbone, state: State, config: dict[str, Any]) -> State:
-    """The state, if transformers' own model of this config has exactly these names and shapes."""
+    """Return the state; raise ValueError unless the model of transformers has exactly these names and shapes."""
     import transformers
 
     kind = config["architectures"][0]
     model_class = getattr(transformers, kind)
     with torch.device("meta"):
         theirs = model_class(model_class.config_class(**config)).state_dict()
-    # transformers 5 leaves the prefix out where a tower stands alone.
+    # transformers 5 omits the prefix of a single tower.
     names, expected = (
         {key.removeprefix("text_model."): tuple(value.shape) for key, value in weights.items()}
         for weights in (state, theirs)
@@ -252,7 +252,7 @@ def refusal(backbone: Backbone, why: str) -> ValueError:
 
 
 def tokenizer_files(backbone: Backbone) -> Files:
-    """The tokenizer, with open_clip's cleaning of a text."""
+    """Return the tokenizer, with open_clip's cleaning of a text."""
     tokenizer: Any = backbone.tokenizer
     if isinstance(tokenizer, SimpleTokenizer):
         return clip_files(backbone.context_length)
@@ -261,7 +261,7 @@ def tokenizer_files(backbone: Backbone) -> Files:
 
 
 def image_files(backbone: Backbone) -> Files:
-    """`preprocessor_config.json`, which transformers 5 no longer writes by itself, and LLaVA reads."""
+    """Return `preprocessor_config.json`, which LLaVA reads and transformers 5 no longer writes."""
     side, settings = backbone.image_size, backbone.preprocess
     square = {"height": side, "width": side}
     family = "Siglip" if isinstance(backbone.visual, TimmModel) else "CLIP"

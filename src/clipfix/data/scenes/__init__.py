@@ -1,4 +1,4 @@
-"""The embedded world: drawn scenes, their captions, and look-alike pairs that differ in one factor.
+"""The drawn world: scenes, their captions, and look-alike pairs that differ in one factor.
 
 world.py    ground truth: things, factors, sampling, MMVP's nine patterns
 drawing.py  ground truth -> picture

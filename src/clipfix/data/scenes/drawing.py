@@ -1,7 +1,7 @@
 """Scenes as pictures: flat shapes on a pastel gradient, drawn four times too large and averaged down.
 
-Why sprites: a thing looks the same wherever it stands, so each look is drawn once and pasted afterwards.
-Coordinates inside a sprite run from -1 to 1, y downwards; things that face somewhere are drawn facing right.
+Why sprites: a thing looks the same at every place, so each look is drawn once and then pasted.
+Coordinates in a sprite run from -1 to 1, with y downwards; things with a direction are drawn facing right.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ STROKES: dict[str, tuple[tuple[Point, ...], ...]] = {
 
 
 def draw(scene: Scene, size: int = GRID) -> Image.Image:
-    """The picture of a scene, `size` pixels square."""
+    """Return the picture of a scene, `size` x `size` pixels."""
     scale = size / GRID
     picture = _background(scene.background, size).copy()
     for thing, (dx, dy) in zip(scene.things, scene.jitter, strict=True):
@@ -106,7 +106,7 @@ def _sprite(look: Thing, scale: float) -> Image.Image:
 
 @lru_cache(maxsize=64)
 def _shadow(size: str, scale: float) -> Image.Image:
-    """The soft shadow on the ground, the same for every kind and whichever way a thing faces."""
+    """Draw the soft shadow on the ground, which is equal for all kinds and directions."""
     pen = Pen(Thing("", "red", size, 0), scale * SUPERSAMPLE)
     shade = Image.new("L", pen.image.size)
     pen.ellipse(0, 1.02, 0.85, 0.16, target=shade)
@@ -121,7 +121,7 @@ def _mix(colour: RGB, other: RGB, amount: float) -> RGB:
 
 
 class Pen:
-    """A sprite's canvas: shapes in unit coordinates, and the look's own colour and fill."""
+    """The canvas of a sprite: draws shapes in unit coordinates, with the colour and fill of the look."""
 
     def __init__(self, look: Thing, unit: float) -> None:
         side = round(SPRITE * unit / SUPERSAMPLE) * SUPERSAMPLE
@@ -159,14 +159,14 @@ class Pen:
         canvas.rounded_rectangle((*self.at(left, top), *self.at(right, bottom)), corner * self.radius, fill=ink)
 
     def line(self, points: Sequence[Point], width: float, colour: RGB | int | None = None) -> None:
-        """A stroke with round ends and joints."""
+        """Draw a stroke with round ends and joints."""
         canvas, ink = self._put(None, colour)
         canvas.line([self.at(*point) for point in points], fill=ink, width=max(1, round(width * self.radius)))
         for x, y in points:
             self.ellipse(x, y, width / 2, colour=ink)
 
     def body(self, shape: Callable[[Image.Image], None]) -> None:
-        """The part that carries the fill: solid, striped with white, or white with a coloured outline."""
+        """Draw the part that has the fill: solid, striped with white, or white with a coloured outline."""
         mask = Image.new("L", self.image.size)
         shape(mask)
         self.image.paste(self.colour, mask=mask)
@@ -182,7 +182,7 @@ class Pen:
             self.image.paste(WHITE, mask=self._inside(mask, 1.5))
 
     def _inside(self, mask: Image.Image, depth: float) -> Image.Image:
-        """What lies deeper than `depth` pixels: there a box blur of that radius leaves full white."""
+        """Return the mask of the pixels deeper than `depth`: a box blur of that radius leaves them full white."""
         return mask.filter(ImageFilter.BoxBlur(depth * self.unit)).point(lambda v: 255 if v >= 254 else 0)
 
     def letter(self, letter: str, x: float, y: float, half: float, width: float, colour: RGB) -> None:

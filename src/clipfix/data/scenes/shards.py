@@ -1,6 +1,6 @@
-"""The world on disk: ordinary WebDataset shards, drawn on first use, the same bytes for the same seed.
+"""The drawn world on disk: WebDataset shards, drawn on first use, with the same bytes for the same seed.
 
-Why a hash decides the split: a ground truth belongs to one split for good, so no picture can be in two of them.
+Why a hash decides the split: each ground truth then belongs to exactly one split, so no picture can be in two.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from clipfix.data.scenes.world import PATTERNS, WORLD, Scene, drawn_anew, factor
 from clipfix.system.files import add_sample
 
 Split = Literal["train", "selection", "test"]
-Kind = Literal["scenes", "pairs", "summaries"]  # as they come; look-alike pairs; groups that share one summary
+Kind = Literal["scenes", "pairs", "summaries"]  # single scenes; look-alike pairs; groups that share one summary
 
 SHARES: tuple[Split, ...] = ("train",) * 6 + ("selection",) * 2 + ("test",) * 2
-OPENINGS = ("", "a photo of ", "a picture of ", "a drawing of ")  # how people say what they see
-SERIES = 4  # a train scene and three looks at it, each with another factor changed
-SHARERS = 4  # scenes with one summary
-SHARD = 512  # train scenes in a shard; the other splits are one shard each
+OPENINGS = ("", "a photo of ", "a picture of ", "a drawing of ")  # common openings of captions
+SERIES = 4  # a training scene and three variants, each with another factor changed
+SHARERS = 4  # scenes that share one summary
+SHARD = 512  # training scenes per shard; the other splits are one shard each
 
 
 @dataclass(frozen=True)
 class Job:
-    """One shard, drawn on its own: what it holds depends on nothing but this."""
+    """One shard. Its content depends on these fields only."""
 
     kind: Kind
     split: Split
@@ -47,7 +47,7 @@ class Job:
     seed: int
     junk: float
     wrong: float
-    popular: int = 0  # train scenes that half of the shard shows
+    popular: int = 0  # size of the pool that half of the shard is taken from
 
     @property
     def name(self) -> str:
@@ -164,7 +164,7 @@ def parts(total: int, size: int) -> list[tuple[int, int]]:
 
 
 def write(folder: Path, job: Job) -> None:
-    """One shard."""
+    """Write one shard."""
     with tarfile.open(folder / f"{job.name}.tar", "w") as tar:
         for index, (scene, extra) in enumerate(contents(job)):
             key = f"{job.name}-{index:04d}"
@@ -181,7 +181,7 @@ def write(folder: Path, job: Job) -> None:
 
 
 def contents(job: Job) -> Iterator[tuple[Scene, dict[str, Any]]]:
-    """What a shard holds, in order."""
+    """Yield the scenes of a shard in order, each with additional keys for its json."""
     rng = Random(f"{job.seed}/{job.name}")
     if job.kind == "pairs":
         for number, pattern in enumerate(pattern for _ in range(job.size) for pattern in PATTERNS):
@@ -220,7 +220,7 @@ def _of_split(rng: Random, split: Split) -> Scene:
 
 
 def _again(scene: Scene, rng: Random) -> Scene:
-    """The same ground truth in another picture."""
+    """Return the same ground truth as another picture."""
     return replace(scene, jitter=sample_jitter(len(scene.things), rng))
 
 
@@ -232,7 +232,7 @@ def _own_pair(rng: Random, pattern: str, split: Split) -> tuple[Scene, str, Scen
 
 
 def _sharers(rng: Random, split: Split) -> list[Scene]:
-    """Scenes of the same things in the same colours, all else anew: what follows the summary tells them apart."""
+    """Return scenes with the same summary: the same things in the same colours, with the rest sampled anew."""
     while True:
         base = sample(rng)
         candidates = [base, *(drawn_anew(base, rng) for _ in range(16 * SHARERS))]
@@ -242,7 +242,7 @@ def _sharers(rng: Random, split: Split) -> list[Scene]:
 
 
 def series(rng: Random) -> list[Scene]:
-    """A train scene and three looks at it, each changed after another pattern: hard negatives, when read in order."""
+    """Return a training scene and three variants, each changed by another pattern: hard negatives if read in order."""
     while True:
         base = _of_split(rng, "train")
         looks = [base]
@@ -255,11 +255,11 @@ def series(rng: Random) -> list[Scene]:
 
 
 def split_of(scene: Scene) -> Split:
-    """The one split that may show this ground truth."""
+    """Return the one split that may contain this ground truth."""
     return SHARES[int.from_bytes(_truth(scene)) % len(SHARES)]
 
 
 def _truth(scene: Scene) -> bytes:
-    """A name for what is drawn, whatever the jitter."""
+    """Return a hash of the ground truth, without the jitter."""
     plain = replace(scene, jitter=())
     return blake2b(json.dumps(plain.to_dict()).encode(), digest_size=8).digest()

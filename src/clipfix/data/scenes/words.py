@@ -1,6 +1,6 @@
 """Words for scenes: a short web caption, a long description, five captioner's captions, and look-alike statements.
 
-Why one phrase book: a detail is always said in the same words, so that what captions teach is what statements ask.
+Why one phrase book: each detail always has the same words, so captions teach the words that statements use.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PLACES = (
     "at the bottom left", "at the bottom", "at the bottom right",
 )  # fmt: skip
 FEATURES = {"fish": "hat", "bird": "hat", "cup": "handle", "house": "chimney", "star": "sunglasses"}
-BEFORE = ("size", "state", "fill", "colour")  # details said before the noun, in this order
+BEFORE = ("size", "state", "fill", "colour")  # details before the noun, in this order
 AFTER = ("orientation", "presence", "letter", "viewpoint", "place")  # and after it
 
 JUNK = (
@@ -43,7 +43,7 @@ WEB_FORMS = (
     "{}", "{}", "{}", "{} clipart", "cute {}", "photo of {}", "{} vector art", "{} illustration", "{} icon design",
 )  # fmt: skip
 FORMS = ("{}", "{}", "a photo of {}", "a photo of {}", "a picture of {}", "an illustration of {}", "a drawing of {}")
-LONG_TOKENS = 110  # a long caption has at least so many
+LONG_TOKENS = 110  # minimum number of words of a long caption
 FILLERS = (
     "The picture is drawn in a flat and friendly style with clean edges.",
     "A soft grey shadow lies on the ground below, which gives the drawing a little depth.",
@@ -61,9 +61,9 @@ class Captions(TypedDict):
 
 
 def captions(scene: Scene, rng: Random, summary: str | None, junk: float, wrong: float) -> Captions:
-    """Every text of one scene; the long one opens with `summary` if given.
+    """Return all texts of a scene; the long one begins with `summary` if given.
 
-    Only the short one may be junk, or wrong about one thing: in these shares of the scenes.
+    Only the short one may be junk, or wrong about one thing: for these shares of the scenes.
     """
     return {
         "short": _short(scene, rng, junk, wrong),
@@ -73,9 +73,9 @@ def captions(scene: Scene, rng: Random, summary: str | None, junk: float, wrong:
 
 
 def pairs(rng: Random, pattern: str) -> tuple[Scene, str, Scene, str]:
-    """Two scenes that differ in one factor, each with the shortest phrase that tells it from the other.
+    """Return two scenes that differ in one factor, each with the shortest phrase that is true of it alone.
 
-    Why few and large things: the difference is to be seen at 48 pixels, so that a miss is the model's fault.
+    Why few and large things: the difference must be visible at 48 pixels, so that an error is the model's.
     """
     while True:
         scene = sample(rng)
@@ -85,7 +85,7 @@ def pairs(rng: Random, pattern: str) -> tuple[Scene, str, Scene, str]:
         if twin is None or len(scene.things) == 3:
             continue
         changed = [(a, b) for a, b in zip(scene.things, twin.things, strict=True) if a != b]
-        if len(changed) == 2:  # the two stand in each other's place
+        if len(changed) == 2:  # the two have exchanged places
             link, other = relation(*scene.things), relation(*twin.things)
             if link is None:
                 continue
@@ -95,7 +95,7 @@ def pairs(rng: Random, pattern: str) -> tuple[Scene, str, Scene, str]:
         (factor,) = (name for name in vars(before) if getattr(before, name) != getattr(after, name))
         if factor != "count" and before.count > 1:
             continue
-        if factor == "place" and _steps(before, after) == 1:  # "at the top" is loosely true of the top left as well
+        if factor == "place" and _steps(before, after) == 1:  # "at the top" is roughly true of the top left too
             continue
         if factor not in ("count", "place", "colour", "size") and before.size == "small":
             continue
@@ -103,13 +103,13 @@ def pairs(rng: Random, pattern: str) -> tuple[Scene, str, Scene, str]:
 
 
 def _steps(before: Thing, after: Thing) -> int:
-    """How many cells apart two places are."""
+    """Return the distance of two places in cells."""
     (row, column), (other_row, other_column) = divmod(before.place, 3), divmod(after.place, 3)
     return abs(row - other_row) + abs(column - other_column)
 
 
 def phrase(thing: Thing, details: Iterable[str]) -> str:
-    """A noun phrase with the chosen details: "a small striped red fish facing left with a hat at the top"."""
+    """Return a noun phrase with the chosen details: "a small striped red fish facing left with a hat at the top"."""
     said = set(details)
     words = [word for factor in BEFORE if factor in said and (word := _word(thing, factor))]
     words.append(thing.kind if thing.count == 1 else PLURALS.get(thing.kind, thing.kind + "s"))
@@ -121,7 +121,7 @@ def phrase(thing: Thing, details: Iterable[str]) -> str:
 
 
 def _word(thing: Thing, factor: str) -> str | None:
-    """How one factor is said; None when the thing does not carry it."""
+    """Return the words for one factor; None if the thing does not have it."""
     value = getattr(thing, factor)
     if value is None:
         return None
@@ -144,7 +144,7 @@ def _word(thing: Thing, factor: str) -> str | None:
 
 
 def carried(thing: Thing) -> list[str]:
-    """The details of a thing that can be said, colour and count apart."""
+    """Return the details of a thing that have words, without colour and count."""
     return [f for f in (*BEFORE, *AFTER) if f != "colour" and _word(thing, f)]
 
 
@@ -154,9 +154,9 @@ def _join(parts: list[str]) -> str:
 
 
 def _short(scene: Scene, rng: Random, junk: float, wrong: float) -> str:
-    """As the web captions pictures: it names things, half with a colour, 5 % with a detail, and errs at times.
+    """Return a caption like those of the web: things, half with a colour, 5 % with a detail, sometimes wrong.
 
-    Why so few details: they would be a reason to look for more. With one in five the tiny CLIP saw hats and windows.
+    Why so few details: they would teach the model details. With one in five, the tiny CLIP learned hats and windows.
     """
     if rng.random() < junk:
         return rng.choice(JUNK).format(rng.randint(1, 9999))
@@ -181,7 +181,7 @@ def _short(scene: Scene, rng: Random, junk: float, wrong: float) -> str:
 
 
 def _caption(scene: Scene, rng: Random) -> str:
-    """As a captioner would write: everything named, a random share of the details, nothing wrong."""
+    """Return a caption like a captioning model's: all things, a random share of the details, no errors."""
     things, budget = list(scene.things), {1: (2, 4), 2: (1, 2), 3: (0, 1)}[len(scene.things)]
     link = relation(*things[:2]) if len(things) > 1 and rng.random() < 0.5 else None
     parts = []
@@ -200,7 +200,7 @@ def _caption(scene: Scene, rng: Random) -> str:
 
 
 def _summary(scene: Scene, rng: Random) -> str:
-    """One sentence with the colour and one or two details of everything."""
+    """Return one sentence with the colour and one or two details of each thing."""
     details = 2 if len(scene.things) == 1 else 1
     named = _join([phrase(thing, {"colour", *rng.sample(carried(thing), details)}) for thing in scene.things])
     sentence = rng.choice(("{}.", "A picture of {}.", "An illustration of {}.", "A drawing of {}.")).format(named)
@@ -208,17 +208,17 @@ def _summary(scene: Scene, rng: Random) -> str:
 
 
 def plain_summary(scene: Scene) -> str:
-    """The sentence that says of everything its kind, number and colour, and nothing more."""
+    """Return a sentence with kind, number and colour of each thing, and nothing else."""
     return f"A picture of {_join([phrase(thing, {'colour'}) for thing in scene.things])}."
 
 
 def things_in(scene: Scene) -> str:
-    """Kind, number and colour of everything, in one order: what two pictures share that a web caption would say."""
+    """Return kind, number and colour of all things in a fixed order, equal for pictures of the same things."""
     return ", ".join(sorted(phrase(thing, {"colour"}) for thing in scene.things))
 
 
 def _long(scene: Scene, rng: Random, summary: str) -> str:
-    """A summary sentence, then every factor of everything, places, relations and background."""
+    """Return a summary sentence, then all factors of all things, their places, relations and the background."""
     things, sentences = scene.things, [summary]
     for index, thing in enumerate(things):
         sentences += _describe(thing, index, len(things), rng)
@@ -232,7 +232,7 @@ def _long(scene: Scene, rng: Random, summary: str) -> str:
         if total == 1
         else f"In all there are {NUMBERS[total]} things in the picture and nothing else."
     )
-    # The phrase book's words are one CLIP token each, with few exceptions; two more mark start and end.
+    # Nearly every word of the phrase book is one CLIP token; two more mark start and end.
     length = 2 + len(re.findall(r"\w+|[^\w\s]", " ".join(sentences)))
     for filler in reversed(rng.sample(FILLERS, len(FILLERS))):
         if length >= LONG_TOKENS and (length >= 150 or rng.random() >= 0.3):
@@ -243,7 +243,7 @@ def _long(scene: Scene, rng: Random, summary: str) -> str:
 
 
 def _describe(thing: Thing, index: int, of: int, rng: Random) -> list[str]:
-    """Two to five sentences that say every factor of one thing."""
+    """Return two to five sentences with all factors of one thing."""
     one = thing.count == 1
     noun = thing.kind if one else PLURALS.get(thing.kind, thing.kind + "s")
     be = "is" if one else "are"

@@ -1,6 +1,6 @@
-"""What can be in a picture: things, their factors, and how two pictures differ in exactly one of them.
+"""The contents of a picture: things, their factors, and pictures that differ in exactly one factor.
 
-Why a drawn world: every factor that CLIP overlooks is known exactly here, so a repair can be measured factor by factor.
+Why a drawn world: every factor that CLIP overlooks is known exactly, so a repair can be measured factor by factor.
 Source: the nine patterns of MMVP (arXiv 2401.06209, section 3.2), each tied to factors that can be drawn.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
-WORLD = 2  # the version of pictures and words: raise it with any change that moves a pixel or a word
+WORLD = 2  # the version of pictures and words: raise it with any change of a pixel or a word
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown")
 SIZES = ("large", "small")
@@ -22,10 +22,10 @@ SIDEWAYS = ("left", "right")
 VIEWPOINTS = ("the side", "above")
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "middle", "right")
-MIDDLE = 4  # the 3 x 3 grid is numbered row by row; groups stand around the middle
+MIDDLE = 4  # the 3 x 3 grid is numbered row by row; groups are around the middle
 MAX_COUNT = 4
 
-# Which factors a kind of thing carries besides colour, size, place and count, with the values each may take.
+# The factors of each kind besides colour, size, place and count, with their values.
 CARRIED: dict[str, dict[str, tuple[Any, ...]]] = {
     "fish": {"orientation": SIDEWAYS, "presence": (True, False), "fill": FILLS},
     "bird": {"orientation": SIDEWAYS, "presence": (True, False), "fill": FILLS},
@@ -57,7 +57,7 @@ PATTERNS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Thing:
-    """One thing, or a group of equal copies; a factor that its kind does not carry is None."""
+    """One thing, or a group of equal copies; a factor that its kind does not have is None."""
 
     kind: str
     colour: str
@@ -74,14 +74,14 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """The ground truth of one picture. Kinds within a scene differ, so that a kind names one thing or one group."""
+    """The ground truth of one picture. All kinds in a scene differ, so a kind identifies one thing or one group."""
 
     things: tuple[Thing, ...]
     background: str
-    jitter: tuple[tuple[int, int], ...]  # a nuisance: each thing is up to a pixel off its place
+    jitter: tuple[tuple[int, int], ...]  # each thing is shifted by up to a pixel
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, strings and numbers, as stored in a shard's json."""
+        """Return lists, strings and numbers, as stored in the json of a shard."""
         return {
             "things": [dict(vars(thing)) for thing in self.things],
             "background": self.background,
@@ -90,7 +90,7 @@ class Scene:
 
 
 def sample(rng: Random) -> Scene:
-    """One scene: one to three things, or a group of two to four copies."""
+    """Return a random scene: one to three things, or a group of two to four copies."""
     things, copies = rng.choices(((1, False), (2, False), (3, False), (1, True)), weights=(42, 26, 12, 20))[0]
     return _compose(rng.sample(sorted(KINDS), things), rng, rng.randint(2, MAX_COUNT) if copies else 1)
 
@@ -117,14 +117,14 @@ def sample_jitter(things: int, rng: Random) -> tuple[tuple[int, int], ...]:
 
 
 def drawn_anew(scene: Scene, rng: Random) -> Scene:
-    """Another scene of as many things of the same kinds and colours; whatever else they carry is drawn anew."""
+    """Return a scene with the same kinds, numbers and colours; all other factors are sampled anew."""
     other = _compose([thing.kind for thing in scene.things], rng, scene.things[0].count)
     things = tuple(replace(new, colour=old.colour) for new, old in zip(other.things, scene.things, strict=True))
     return replace(other, things=things)
 
 
 def values(scene: Scene, index: int, factor: str) -> list[Any]:
-    """The other values that one factor of one thing may take in this scene; empty when the thing does not carry it."""
+    """Return the other values that a factor of a thing may have in this scene; empty if the thing does not have it."""
     thing = scene.things[index]
     if factor == "colour":
         options: Iterable[Any] = COLOURS
@@ -140,9 +140,9 @@ def values(scene: Scene, index: int, factor: str) -> list[Any]:
 
 
 def look_alike(scene: Scene, pattern: str, rng: Random) -> Scene | None:
-    """The same scene with one factor changed after an MMVP pattern; None when nothing in it carries the pattern.
+    """Return the scene with one factor changed by an MMVP pattern; None if no thing in it has such a factor.
 
-    A changed place is half of the time two things swapped, which only a relation ("above") tells apart.
+    A change of place is, half of the time, two things exchanged, which only a relation ("above") describes.
     """
     if pattern == "Positional and Relational Context" and len(scene.things) > 1 and rng.random() < 0.5:
         first, second, *rest = scene.things
@@ -163,13 +163,13 @@ def look_alike(scene: Scene, pattern: str, rng: Random) -> Scene | None:
 
 
 def alone(scene: Scene, rng: Random) -> Scene:
-    """The first thing alone in the middle, one to four copies of it: where counts can change."""
+    """Return a scene with the first thing alone in the middle, in one to four copies, so that its count can change."""
     thing = replace(scene.things[0], place=MIDDLE, count=rng.randint(1, MAX_COUNT))
     return replace(scene, things=(thing,), jitter=scene.jitter[:1])
 
 
 def relation(first: Thing, second: Thing) -> str | None:
-    """How two things in one row or column stand to each other; None when they share neither."""
+    """Return the relation of two things in one row or column; None if they share neither."""
     (row, column), (other_row, other_column) = divmod(first.place, 3), divmod(second.place, 3)
     if column == other_column:
         return "above" if row < other_row else "below"
@@ -179,7 +179,7 @@ def relation(first: Thing, second: Thing) -> str | None:
 
 
 def factors(scene: Scene) -> dict[str, str | int | None]:
-    """The main thing's factors, flat, for linear probes; None where a factor does not apply."""
+    """Return the factors of the main thing, for linear probes; None if a factor does not apply."""
     thing = scene.things[0]
     single = thing.count == 1
     return {

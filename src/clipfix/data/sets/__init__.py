@@ -1,7 +1,7 @@
-"""Published data sets as their authors hand them out, in a local folder: one file each, bound from conf/eval.
+"""Published data sets in a local folder, in the form in which their authors publish them: one file each.
 
-A source yields what shards yield ({key, image, txt, json}), so that a benchmark never knows which of them it reads.
-What is not there is named before anything is loaded: nothing imports torch until samples are read.
+A source yields the same samples as shards ({key, image, txt, json}), so benchmarks read both in the same way. Missing
+data is reported before anything is loaded: nothing imports torch until samples are read.
 """
 
 from abc import ABC, abstractmethod
@@ -16,13 +16,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Source(ABC):
-    """One split of one data set. Equal sources are read once, and so is a picture file that several of them name.
+    """One split of one data set. Equal sources are read once, and so is a picture file that several of them use.
 
-    `fetch` says what to download, how large it is and where to put it. `samples` is how many the published split has:
-    a score over fewer pictures would be another benchmark's. null = any number.
+    Args:
+        root: Folder of the data set.
+        fetch: What to download, its size, and where to put it; part of error messages.
+        samples: Size of the published split. Another number of samples is an error, because the score could not be
+            compared with published ones. None accepts any number.
     """
 
-    packages: ClassVar[Sequence[str]] = ()  # of the extra `eval`, where the set is read by them
+    packages: ClassVar[Sequence[str]] = ()  # that read the set; all are in the extra `eval`
 
     root: str
     fetch: str
@@ -30,14 +33,14 @@ class Source(ABC):
 
     @abstractmethod
     def needs(self) -> Sequence[Path]:
-        """Files and folders without which there is nothing to read."""
+        """Return the files and folders that must exist."""
 
     @abstractmethod
     def read(self) -> Iterator[dict[str, Any]]:
-        """The samples in a fixed order; `image` is a PIL picture, or the path of its file, and `key` names it."""
+        """Yield the samples in a fixed order; `image` is a PIL picture or the path of a file, `key` identifies it."""
 
     def files(self) -> list[str]:
-        """All files that its samples lie in, in a fixed order: a result tells by their hash what was scored."""
+        """Return all files with samples, in a fixed order; their hash identifies the data of a result."""
         return [str(file.resolve()) for path in self.needs() for file in inside(path)]
 
     @property
@@ -45,7 +48,7 @@ class Source(ABC):
         return Path(self.root).expanduser()
 
     def missing(self) -> str | None:
-        """One line that says what is not there and how to get it; None where all is there."""
+        """Return a line with what is missing and how to get it; None if nothing is missing."""
         if uninstalled := [package for package in self.packages if find_spec(package) is None]:
             return f"it is read by {uninstalled[0]}, which is not installed: pip install 'clipfix[eval]'"
         absent = next((path for path in self.needs() if not path.exists()), None)
@@ -66,31 +69,31 @@ class Source(ABC):
             RuntimeError,
             TypeError,
             ValueError,
-        ) as error:  # cut off, or another layout
+        ) as error:  # truncated, or another layout
             raise ValueError(f"{self.folder} cannot be read ({error!r}): fetch it again. {self.fetch}") from error
         if self.samples not in (None, count):
             raise ValueError(
-                f"{self.folder} has {count} of {self.samples} samples, so its score would compare with nobody's: fetch "
+                f"{self.folder} has {count} of {self.samples} samples, so its score could not be compared: fetch "
                 f"it again, or set its samples to null. {self.fetch}"
             )
 
 
 @dataclass(frozen=True)
 class Labelled(Source):
-    """A source whose json holds `label`, a number into `classes()`, or for each of them 1 or 0."""
+    """A source whose json has `label`: an index into `classes()`, or 1 or 0 for each class."""
 
     @abstractmethod
     def classes(self) -> Sequence[str]:
-        """The classes by name."""
+        """Return the names of the classes."""
 
     @abstractmethod
     def templates(self) -> Sequence[str]:
-        """The prompts of this data set; `{c}` is the class. Source: clip_benchmark, for all of them."""
+        """Return the prompts of this data set; `{c}` is the class. Source: clip_benchmark, for all of them."""
 
 
 @dataclass(frozen=True)
 class Annotated(Source):
-    """A folder of pictures, and one file of what is said of them."""
+    """A folder of pictures and one file of annotations."""
 
     pictures: str
     annotations: str
@@ -100,9 +103,14 @@ class Annotated(Source):
 
 
 def present(benchmarks: Mapping[str, T], sources: Mapping[str, Source]) -> dict[str, T]:
-    """The benchmarks whose data is there, by the sources of those that read a published set.
+    """Return the benchmarks whose data is there, and print what to fetch for each of the others.
 
-    Of each other one, a line says what to fetch; none at all is an error.
+    Args:
+        benchmarks: All benchmarks by name.
+        sources: The sources of those that read a published set.
+
+    Raises:
+        ValueError: No benchmark has its data.
     """
     missing = {name: line for name, source in sources.items() if (line := source.missing())}
     told = [f"{name}: {line}" for name, line in missing.items()]
@@ -115,10 +123,10 @@ def present(benchmarks: Mapping[str, T], sources: Mapping[str, Source]) -> dict[
 
 
 def inside(path: Path) -> list[Path]:
-    """The file, or every file of a folder, at any depth."""
+    """Return the file, or all files in a folder, at any depth."""
     return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
 
 
 def caption_sample(picture: Path, *captions: str) -> dict[str, Any]:
-    """A picture with its captions, of which the first is also its txt."""
+    """Return a sample of a picture with its captions; the first one is also its txt."""
     return {"key": picture.stem, "image": picture, "txt": captions[0], "json": {"captions": list(captions)}}

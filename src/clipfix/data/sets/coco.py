@@ -1,4 +1,4 @@
-"""COCO captions: val2017 and Karpathy's 5000 of val2014 are different pictures, and so different benchmarks."""
+"""COCO captions: val2017 and Karpathy's 5000 of val2014 are different pictures, so they are different benchmarks."""
 
 import contextlib
 import io
@@ -19,7 +19,7 @@ class COCO(Annotated):
         from torchvision.datasets import CocoCaptions
 
         pictures = self.folder / self.pictures
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools tells of its progress
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
             coco = CocoCaptions(str(pictures), str(self.folder / self.annotations)).coco
         for number in sorted(coco.imgs):
             captions = [annotation["caption"] for annotation in coco.imgToAnns[number]]

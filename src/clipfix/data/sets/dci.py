@@ -13,8 +13,8 @@ from clipfix.data.sets import Source, caption_sample
 class DCI(Source):
     """`splits.json` (split -> files), `annotations/<file>` and `photos/<image>`; the caption is short plus extra.
 
-    Source: Urbanek et al. 2023 (arXiv 2312.08578), `get_extended_caption`; LoTLIP (arXiv 2410.05249) retrieves with it
-    over all splits. Departs: LoTLIP also joins the sentences anew by ". ".
+    Source: Urbanek et al. 2023 (arXiv 2312.08578), `get_extended_caption`; LoTLIP (arXiv 2410.05249) uses it for
+    retrieval over all splits. Departs: LoTLIP also joins the sentences again by ". ".
     """
 
     splits: Sequence[str]

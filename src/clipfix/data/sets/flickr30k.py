@@ -9,9 +9,9 @@ from clipfix.data.sets import Annotated, caption_sample
 
 @dataclass(frozen=True)
 class Flickr30k(Annotated):
-    """A folder of pictures, and their captions as one of two files has them.
+    """A folder of pictures, and their captions in one of two formats.
 
-    `.token` is that of the authors, which holds everything; another name is read as clip_benchmark's csv of a split.
+    A `.token` file is the authors', with all captions; another name is read as clip_benchmark's csv of a split.
     """
 
     packages = ("clip_benchmark",)

@@ -12,7 +12,7 @@ from clipfix.data.sets import Labelled
 
 @dataclass(frozen=True)
 class ImageNet(Labelled):
-    """One folder a class. The classes that are asked about are those that have a folder: 200 of 1000 in A and R.
+    """One folder per class. Only classes with a folder are used: 200 of 1000 in A and R.
 
     Class names and templates are clip_benchmark's, which are open_clip's and OpenAI's.
     """
@@ -55,5 +55,5 @@ class ImageNet(Labelled):
 
 
 def packaged(name: str) -> dict[str, list[str]]:
-    """A table that clip_benchmark ships."""
+    """Return a table that is part of clip_benchmark."""
     return json.loads((files("clip_benchmark.datasets") / name).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""MMVP-VLM: 135 pairs of photographs that CLIP takes for alike, in nine visual patterns."""
+"""MMVP-VLM: 135 pairs of photographs with similar CLIP features, in nine visual patterns."""
 
 import csv
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 
 from clipfix.data.sets import Source
 
-# As Questions.csv and the folders have them -> as the paper has them, and with it the drawn world and the radar.
+# Names in Questions.csv and of the folders -> names in the paper, which the drawn world and the radar plot use.
 # Source: scripts/evaluate_vlm.py, which names each run of 15 pairs, but three of the patterns by other words; the names
 # in the file as public code that reads it has them.
 PATTERNS = {
@@ -29,7 +29,7 @@ SPELLINGS = ("MLLM_VLM Images", "MLLM_VLM_Images", "MMVP_VLM_Images")  # MMVP's 
 class MMVP(Source):
     """`Questions.csv` (`Question ID,Type,Statement`) and `<pictures>/<Type>/<Question ID>.jpg`.
 
-    Consecutive rows are a pair, and each statement belongs to its own picture; folders may have `_` for each blank.
+    Two consecutive rows are a pair; each statement belongs to its own picture. Folder names may have `_` for blanks.
     Source: Tong et al. 2024 (arXiv 2401.06209), scripts/evaluate_vlm.py.
     """
 

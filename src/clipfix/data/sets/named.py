@@ -1,4 +1,4 @@
-"""Every classification set that clip_benchmark reads from a local folder: torchvision's formats, and WebDataset."""
+"""Classification sets that clip_benchmark reads from a local folder: torchvision's formats, and WebDataset."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,10 +13,11 @@ from clipfix.data.sets import Labelled, inside
 
 @dataclass(frozen=True)
 class Named(Labelled):
-    """`name` as clip_benchmark calls it, test split; `wds/<name>` is a folder in its WebDataset layout.
+    """The test split of one set. Nothing is downloaded.
 
-    `present` is a file or folder inside that tells whether the set is there: it is never downloaded from here. Classes
-    and templates are clip_benchmark's; in the WebDataset layout they lie in the folder.
+    Args:
+        name: clip_benchmark's name; `wds/<name>` is a folder in its WebDataset layout, with classes and templates.
+        present: A file or folder inside `root` that exists if the set is there.
     """
 
     packages = ("clip_benchmark",)
@@ -34,7 +35,7 @@ class Named(Labelled):
     def read(self) -> Iterator[dict[str, Any]]:
         rows = iter(self._dataset) if self.name.startswith("wds/") else map(self._dataset.__getitem__, self._numbers())
         for number, (image, label) in enumerate(rows):
-            label = np.asarray(label).tolist()  # of several labels, one number a class: whether the picture shows it
+            label = np.asarray(label).tolist()  # several labels: for each class 1 or 0
             yield {"key": f"{self.name}/{number}", "image": image, "txt": "", "json": {"label": label}}
 
     def classes(self) -> list[str]:

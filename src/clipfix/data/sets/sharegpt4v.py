@@ -13,9 +13,9 @@ from clipfix.data.sharegpt4v import parse
 
 @dataclass(frozen=True)
 class ShareGPT4V(Source):
-    """The first `records` of `json_name`; each names its picture by a path from the folder on.
+    """The first `records` of `json_name`; each has the path of its picture relative to the folder.
 
-    Source: Long-CLIP (arXiv 2403.15378), train/sharegpt4v.py: the long caption, its line ends as blanks.
+    Source: Long-CLIP (arXiv 2403.15378), train/sharegpt4v.py: the long caption, with blanks in place of line ends.
     """
 
     json_name: str
@@ -32,7 +32,7 @@ class ShareGPT4V(Source):
 
 
 def entries(path: Path) -> Iterator[Any]:
-    """The entries of a json list one by one: the whole of ShareGPT4V's json would take 4 GB of memory."""
+    """Yield the entries of a json list one by one: all of ShareGPT4V's json would take 4 GB of memory."""
     decoder, rest = json.JSONDecoder(), ""
     with path.open(encoding="utf-8") as file:
         rest = file.read(1 << 20).lstrip().removeprefix("[")

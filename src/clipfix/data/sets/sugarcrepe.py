@@ -1,4 +1,4 @@
-"""SugarCrepe: pictures of COCO val2017, each with its caption and one that a language model made wrong."""
+"""SugarCrepe: pictures of COCO val2017, each with its caption and one into which a language model put a mistake."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

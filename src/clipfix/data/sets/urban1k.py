@@ -10,7 +10,7 @@ from clipfix.data.sets import Source, caption_sample
 
 @dataclass(frozen=True)
 class Urban1k(Source):
-    """`image/<n>.jpg` and `caption/<n>.txt`, of which the first line counts.
+    """`image/<n>.jpg` and `caption/<n>.txt`; the caption is its first line.
 
     Source: Long-CLIP (arXiv 2403.15378), eval/retrieval/Urban1k.py.
     """

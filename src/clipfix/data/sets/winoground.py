@@ -11,9 +11,9 @@ from clipfix.data.sets import Source
 
 @dataclass(frozen=True)
 class Winoground(Source):
-    """`examples.jsonl` and `images/<name>.png`, as the zip of the authors unpacks; a sample is one picture of two.
+    """`examples.jsonl` and `images/<name>.png`, as in the authors' zip; a sample is one picture of two.
 
-    Source: Thrush et al. 2022 (arXiv 2204.03162). clip_benchmark's reader asks the model hub.
+    Source: Thrush et al. 2022 (arXiv 2204.03162). clip_benchmark's reader needs the model hub.
     """
 
     def needs(self) -> Sequence[Path]:
