@@ -25,7 +25,7 @@ def test_the_papers_fff_trains_from_nothing_and_mines_by_another_model(size, cli
     config = yaml.safe_load(clipfix(*arguments)[1])
     assert config["backbone"]["pretrained"] == "random"
     assert size[1:] in config["backbone"]["name"]
-    assert (config["method"]["reference"]["name"], config["method"]["reference"]["pretrained"]) == (
+    assert (config["method"]["mining"]["reference"]["name"], config["method"]["mining"]["reference"]["pretrained"]) == (
         "ViT-B-16-quickgelu",
         "openai",
     )
