@@ -28,7 +28,7 @@ OLD = [
     "evals.groups.Groups", "evals.lengths.Lengths", "evals.multilabel.MultiLabel", "evals.pairs.Pairs",
     "evals.probes.Probes", "evals.retrieval.Retrieval", "evals.zeroshot.ZeroShot", "methods.denoise.Denoise",
     "methods.diva.DIVA", "methods.fff.FFF", "methods.finetune.Finetune", "methods.longclip.LongCLIP",
-    "mining.promoted.Promoted", "samples.Reconstructions", "samples.Samples", "scenes.prepare", "scenes.KINDS",
+    "mining.promoted.Promoted", "samples.Reconstructions", "samples.Samples", "scenes.KINDS",
     "scenes.COLOURS", "sets.coco.COCO", "sets.dci.DCI", "sets.docci.DOCCI", "sets.flickr30k.Flickr30k",
     "sets.imagenet.ImageNet", "sets.mmvp.MMVP", "sets.named.Named", "sets.sharegpt4v.ShareGPT4V",
     "sets.sugarcrepe.SugarCrepe", "sets.urban1k.Urban1k", "sets.winoground.Winoground", "sharegpt4v.prepare",

@@ -19,12 +19,12 @@ from clipfix.data.scenes import (
     PATTERNS,
     Scene,
     Thing,
+    World,
     captions,
     draw,
     factors,
     look_alike,
     pairs,
-    prepare,
     sample,
 )
 from clipfix.data.scenes.shards import Job, contents, series, split_of
@@ -46,7 +46,7 @@ PLACES = (
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare(tmp_path_factory.mktemp("data") / "scenes", seed=0, **SETTINGS)
+    return World(tmp_path_factory.mktemp("data") / "scenes", seed=0, **SETTINGS)()
 
 
 def read(world: Path, name: str) -> list[dict]:
@@ -286,7 +286,7 @@ def test_stored_series_are_neighbours(world: Path) -> None:
 
 def test_popular_scenes_come_again_with_other_words_and_other_pixels(tmp_path: Path) -> None:
     noisy = SETTINGS | {"train": 400, "popular": 10, "train_junk": 0.5, "processes": 1}
-    folder = prepare(tmp_path / "scenes", seed=0, **noisy)
+    folder = World(tmp_path / "scenes", seed=0, **noisy)()
     stored = read(folder, "train")
     shown: dict[str, list[dict]] = {}
     for entry in stored:
@@ -303,7 +303,7 @@ def test_popular_scenes_come_again_with_other_words_and_other_pixels(tmp_path: P
     assert len({entry["json"]["same_things"] for entry in stored}) < len(shown), "other scenes show the same things"
     junk = [entry for entry in stored if not any(kind in entry["txt"] for kind in KINDS)]
     assert 0.4 < len(junk) / 400 < 0.6
-    plain = prepare(tmp_path / "plain", seed=0, **SETTINGS)
+    plain = World(tmp_path / "plain", seed=0, **SETTINGS)()
     assert (folder / "test-00000.tar").read_bytes() == (plain / "test-00000.tar").read_bytes(), "tests stay as they are"
 
 
@@ -328,11 +328,11 @@ def test_splits_share_no_picture() -> None:
 def test_shards_are_the_same_bytes_whatever_the_processes_and_a_second_call_keeps_them(
     world: Path, tmp_path: Path
 ) -> None:
-    again = prepare(tmp_path / "scenes", seed=0, **SETTINGS, processes=1)
+    again = World(tmp_path / "scenes", seed=0, **SETTINGS, processes=1)()
     for path in world.iterdir():
         assert path.read_bytes() == (again / path.name).read_bytes()
     before = {path: path.stat().st_mtime_ns for path in again.iterdir()}
-    prepare(again, seed=0, **SETTINGS)
+    World(again, seed=0, **SETTINGS)()
     assert {path: path.stat().st_mtime_ns for path in again.iterdir()} == before
 
 
@@ -344,16 +344,16 @@ def test_the_slower_of_two_callers_takes_the_folder_of_the_faster(
         shutil.copytree(world, tmp_path / "scenes")
 
     monkeypatch.setattr("clipfix.data.scenes.shards.track", overtaken)
-    assert prepare(tmp_path / "scenes", seed=0, **SETTINGS, processes=1) == tmp_path / "scenes"
+    assert World(tmp_path / "scenes", seed=0, **SETTINGS, processes=1)() == tmp_path / "scenes"
     assert list(tmp_path.iterdir()) == [tmp_path / "scenes"], "the slower one's draft was left behind"
 
 
 def test_changed_settings_and_foreign_folders_are_named(world: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="delete the folder or set another data"):
-        prepare(world, seed=1, **SETTINGS)
+    with pytest.raises(ValueError, match=r"data\.prepare\.root.*seed"):
+        World(world, seed=1, **SETTINGS)()
     (tmp_path / "photo.jpg").touch()
-    with pytest.raises(ValueError, match="holds None"):
-        prepare(tmp_path, seed=0, **SETTINGS)
-    with pytest.raises(ValueError, match="series of 4"):
-        prepare(tmp_path / "new", seed=0, **SETTINGS | {"train": 63})
+    with pytest.raises(ValueError, match=r"data\.prepare\.root.*None"):
+        World(tmp_path, seed=0, **SETTINGS)()
+    with pytest.raises(ValueError, match=r"data\.prepare\.train=63"):
+        World(tmp_path / "new", seed=0, **SETTINGS | {"train": 63})()
     assert json.loads((world / "info.json").read_text())["seed"] == 0

@@ -30,7 +30,7 @@ def test_the_papers_fff_trains_from_nothing_and_mines_by_another_model(size, cli
         "openai",
     )
     assert config["data"]["texts"]["captions"] == {"key": "captions", "pick": "all", "k": 5}
-    assert config["method"]["thresholds"]["image_image"] == 0.92
+    assert config["method"]["mining"]["thresholds"]["image_image"] == 0.92
 
 
 def test_recipes_of_the_drawn_world_stay_in_it(clipfix):

@@ -270,7 +270,7 @@ def test_every_yaml_binds_its_constructors(name):
 
 
 def test_the_drawn_world_is_scored_on_every_factor_and_pattern(tmp_path, clip_folder):
-    root = scenes.prepare(
+    root = scenes.World(
         tmp_path / "scenes",
         0,
         train=4,
@@ -285,7 +285,7 @@ def test_the_drawn_world_is_scored_on_every_factor_and_pattern(tmp_path, clip_fo
         train_junk=0.08,
         train_wrong=0.05,
         popular=0,
-    )
+    )()
     cfg = OmegaConf.create({"eval": OmegaConf.load(CONF / "scenes.yaml"), "data": {"prepare": {"root": str(root)}}})
     benchmarks = instantiate(cfg.eval.benchmarks)
     scored = evaluate(Backbone(clip_folder, pretrained="random"), benchmarks)

@@ -100,10 +100,10 @@ def test_what_is_there_is_scored_and_told_apart_by_its_files(root, tmp_path, cli
 
 
 def test_the_drawn_world_is_made_where_a_benchmark_reads_it(root, clipfix, monkeypatch):
-    def prepare(root, **_):
-        raise ValueError(f"{root} is asked for")
+    def drawn(world):
+        raise ValueError(f"{world.root} is asked for")
 
-    monkeypatch.setattr("clipfix.data.scenes.prepare", prepare)
+    monkeypatch.setattr("clipfix.data.scenes.World.__call__", drawn)
     with pytest.raises(SystemExit, match="data/scenes is asked for"):
         clipfix("eval=scenes")
 

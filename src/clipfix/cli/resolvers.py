@@ -114,6 +114,7 @@ def jobs() -> int:
 
 def register() -> None:
     OmegaConf.register_new_resolver("package", lambda path: str(PACKAGE / path), replace=True)
+    OmegaConf.register_new_resolver("basename", lambda path: path.rpartition("/")[2], replace=True)
     OmegaConf.register_new_resolver("run_folder", run_folder, use_cache=True, replace=True)
     OmegaConf.register_new_resolver("recipe_or", recipe_or, replace=True)
     OmegaConf.register_new_resolver("nodes", ranks.nodes, replace=True)

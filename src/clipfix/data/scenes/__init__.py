@@ -7,7 +7,7 @@ shards.py   all of it -> WebDataset shards on disk
 """
 
 from clipfix.data.scenes.drawing import draw
-from clipfix.data.scenes.shards import prepare
+from clipfix.data.scenes.shards import World
 from clipfix.data.scenes.words import captions, pairs
 from clipfix.data.scenes.world import (
     BACKGROUNDS,
@@ -28,11 +28,11 @@ __all__ = [
     "PATTERNS",
     "Scene",
     "Thing",
+    "World",
     "captions",
     "draw",
     "factors",
     "look_alike",
     "pairs",
-    "prepare",
     "sample",
 ]

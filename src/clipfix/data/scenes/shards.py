@@ -12,7 +12,7 @@ import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -54,76 +54,113 @@ class Job:
         return f"{'' if self.kind == 'scenes' else self.kind + '-'}{self.split}-{self.index:05d}"
 
 
-def prepare(
-    root: str | Path, seed: int, train: int, selection: int, test: int,
-    pairs_train: int, pairs_selection: int, pairs_test: int, summaries_test: int,
-    junk: float, wrong: float, train_junk: float, train_wrong: float, popular: int, processes: int = 2,
-) -> Path:  # fmt: skip
-    """The folder of shards, drawn now if it is not there; sizes are scenes, pairs per MMVP pattern, and summaries.
+@dataclass(frozen=True)
+class World:
+    """The settings of a drawn world; calling it draws the shards and returns their folder.
 
-    `junk` and `wrong` are the shares of short captions that say nothing, or err in one thing; train scenes have their
-    own. With `popular`, half of the train scenes are from a pool of so many, drawn again and captioned anew each time:
-    what the web has many pictures of, and what makes false negatives of a batch.
+    Sizes are numbers of scenes, of pairs for each of MMVP's nine patterns, and of groups that share a summary.
 
-    Several processes may call it at once: each draws into a folder of its own, and the first to finish is kept.
+    Args:
+        root: Folder of the shards.
+        seed: Another seed draws other pictures.
+        train, selection, test: Scenes of each split; `train` must be a multiple of 4.
+        pairs_train, pairs_selection, pairs_test: Pairs for each pattern.
+        summaries_test: Groups of four scenes with the same first sentence.
+        junk, wrong: Share of short captions that say nothing about the picture, or are wrong in one thing.
+        train_junk, train_wrong: The same for the training scenes.
+        popular: If above 0, half of the training scenes come from a pool of this many, each time as another picture
+            with other captions. The web repeats popular subjects, and they are false negatives in a batch.
+        processes: Processes that draw; the shards do not depend on it.
+
+    Raises:
+        ValueError: `train` is no multiple of 4.
     """
-    root = Path(root)
-    if train % SERIES:
-        raise ValueError(f"train scenes come in series of {SERIES}, {train} does not divide: set data.prepare.train")
-    info = {
-        "world": WORLD, "seed": seed, "train": train, "selection": selection, "test": test,
-        "pairs_train": pairs_train, "pairs_selection": pairs_selection, "pairs_test": pairs_test,
-        "summaries_test": summaries_test, "junk": junk, "wrong": wrong, "train_junk": train_junk,
-        "train_wrong": train_wrong, "popular": popular,
-    }  # fmt: skip
-    if root.is_dir() and any(root.iterdir()):
-        return _verified(root, info)
-    rounds = SHARD // (2 * len(PATTERNS))  # a round is one pair of each pattern
-    plan: list[tuple[Kind, Split, int, int]] = [
-        *(("scenes", "train", i, min(SHARD, train - start)) for i, start in enumerate(range(0, train, SHARD))),
-        ("scenes", "selection", 0, selection),
-        ("scenes", "test", 0, test),
-        *(
-            ("pairs", "train", i, min(rounds, pairs_train - start))
-            for i, start in enumerate(range(0, pairs_train, rounds))
-        ),
-        ("pairs", "selection", 0, pairs_selection),
-        ("pairs", "test", 0, pairs_test),
-        ("summaries", "test", 0, summaries_test),
-    ]
-    jobs = [
-        Job(kind, split, index, size, seed, train_junk, train_wrong, popular)
-        if (kind, split) == ("scenes", "train")
-        else Job(kind, split, index, size, seed, junk, wrong)
-        for kind, split, index, size in plan
-    ]
-    root.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
-    try:
-        draft.chmod(0o755)
-        # Spawned, not forked: the caller may run threads. Nothing imported here loads torch, so starting is quick.
-        with multiprocessing.get_context("spawn").Pool(processes) as pool:
-            drawn = pool.imap_unordered(partial(write, draft), jobs)
-            for _ in track(drawn, description=f"drawing {root}", total=len(jobs)):
-                pass
-        (draft / "info.json").write_text(json.dumps(info, indent=1) + "\n")
+
+    root: str | Path
+    seed: int
+    train: int
+    selection: int
+    test: int
+    pairs_train: int
+    pairs_selection: int
+    pairs_test: int
+    summaries_test: int
+    junk: float
+    wrong: float
+    train_junk: float
+    train_wrong: float
+    popular: int
+    processes: int = 2
+
+    def __post_init__(self) -> None:
+        if self.train % SERIES:
+            raise ValueError(f"data.prepare.train={self.train} must be a multiple of {SERIES}: scenes come in series.")
+
+    def __call__(self) -> Path:
+        """Draw the shards unless they are there, and return their folder.
+
+        Several processes may do this at once: each draws into a folder of its own, and the first to finish is kept.
+
+        Raises:
+            ValueError: The folder holds a world with other settings, or other files.
+        """
+        root = Path(self.root)
+        if root.is_dir() and any(root.iterdir()):
+            return self.verified()
+        root.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+        jobs = self.jobs()
         try:
-            draft.rename(root)
-        except OSError:  # another process was first
-            return _verified(root, info)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return root
+            draft.chmod(0o755)
+            # Spawned, not forked: the caller may run threads. Nothing imported here loads torch, so starting is quick.
+            with multiprocessing.get_context("spawn").Pool(self.processes) as pool:
+                drawn = pool.imap_unordered(partial(write, draft), jobs)
+                for _ in track(drawn, description=f"drawing {root}", total=len(jobs)):
+                    pass
+            (draft / "info.json").write_text(json.dumps(self.info(), indent=1) + "\n")
+            try:
+                draft.rename(root)
+            except OSError:  # another process was first
+                return self.verified()
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+        return root
+
+    def info(self) -> dict[str, float]:
+        """Return what info.json in the folder says: the version of the drawings, and all that changes the shards."""
+        settings = asdict(self)
+        del settings["root"], settings["processes"]
+        return {"world": WORLD} | settings
+
+    def verified(self) -> Path:
+        """Return the folder, whose info.json must be this world's."""
+        root, file = Path(self.root), Path(self.root, "info.json")
+        found = json.loads(file.read_text()) if file.is_file() else None
+        if found != self.info():
+            raise ValueError(
+                f"data.prepare.root={root} holds {found}, but the settings are {self.info()}: delete the folder, or "
+                "set another data.prepare.root."
+            )
+        return root
+
+    def jobs(self) -> list[Job]:
+        """Return all shards of this world."""
+        rounds = SHARD // (2 * len(PATTERNS))  # a round is one pair of each pattern
+        noise, train_noise = (self.seed, self.junk, self.wrong), (self.seed, self.train_junk, self.train_wrong)
+        return [
+            *(Job("scenes", "train", i, n, *train_noise, self.popular) for i, n in parts(self.train, SHARD)),
+            Job("scenes", "selection", 0, self.selection, *noise),
+            Job("scenes", "test", 0, self.test, *noise),
+            *(Job("pairs", "train", i, n, *noise) for i, n in parts(self.pairs_train, rounds)),
+            Job("pairs", "selection", 0, self.pairs_selection, *noise),
+            Job("pairs", "test", 0, self.pairs_test, *noise),
+            Job("summaries", "test", 0, self.summaries_test, *noise),
+        ]
 
 
-def _verified(root: Path, info: dict[str, float]) -> Path:
-    try:
-        found = json.loads((root / "info.json").read_text())
-    except FileNotFoundError:
-        found = None
-    if found != info:
-        raise ValueError(f"{root} holds {found}, asked for {info}: delete the folder or set another data.prepare.root")
-    return root
+def parts(total: int, size: int) -> list[tuple[int, int]]:
+    """Return the number and size of each shard when `total` is cut into shards of `size`."""
+    return [(i, min(size, total - start)) for i, start in enumerate(range(0, total, size))]
 
 
 def write(folder: Path, job: Job) -> None:
