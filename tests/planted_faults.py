@@ -443,7 +443,7 @@ FAULTS = [
         "training/phases.py",
         "return self.first <= step < self.end",
         "return self.first - 1 <= step < self.end",
-        f"{DIVA}::test_captions_teach_the_projection_alone_and_images_the_tower_alone",
+        f"{DIVA}::test_stage_one_moves_the_projection_alone_and_resumes_across_its_end",
     ),
     fault(
         "the schedule ends too early",
