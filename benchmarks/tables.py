@@ -1,4 +1,4 @@
-"""README's tables from benchmarks/results: `make tables` rewrites what stands between two comments.
+"""README's table of methods from benchmarks/results: `make tables` rewrites the text between two comments.
 
     <!-- table: methods (make tables) -->
 
@@ -6,7 +6,7 @@
 
     <!-- end -->
 
-Words come from tables.yaml, numbers from result files alone.
+Words come from tables.yaml, numbers from result files.
 """
 
 import re
@@ -19,35 +19,34 @@ from typing import Any
 import yaml
 
 from clipfix.results.compare.results import Group, Result, find, group, read, refuse
-from clipfix.results.compare.rows import number, summarize
+from clipfix.results.compare.rows import summarize
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
-BLOCK = re.compile(r"(<!-- table: (\w+) \(make tables\) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def render(wanted: Mapping[str, Any], results: Path) -> dict[str, str]:
-    """Every table by name, in markdown."""
-    return {"methods": methods(wanted["methods"], results), "run": run(wanted["run"], results)}
+BLOCK = re.compile(r"(<!-- table: methods \(make tables\) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def methods(wanted: Mapping[str, Any], results: Path) -> str:
-    """A row per method, its change by each column's metric: mean and standard deviation over seeds."""
+    """Return the table in markdown: a row per method, with mean and standard deviation over seeds of each change."""
     groups = [None if row["results"] is None else one(results, row["results"]) for row in wanted["rows"]]
     runs = [result for each in groups if each is not None for result in each.results]
-    refuse(runs)  # a table of different splits would be none
+    refuse(runs)  # scores of different splits do not belong in one table
     heads = [f"{name} {before(runs, metric):.0f}" for name, metric in wanted["columns"].items()]
-    lines = [["method", "what it does", *heads, "source"], ["---"] * (len(heads) + 3)]
+    lines = [["method", "what it does", *heads, "minutes", "source"], ["---"] * (len(heads) + 4)]
     for row, each in zip(wanted["rows"], groups, strict=True):
         changes = [change(each, metric) if each else "" for metric in wanted["columns"].values()]
         link = f"[{row['source']}](https://arxiv.org/abs/{row['source']})" if row["source"] else ""
-        lines.append([row["name"], row["does"], *changes, link])
+        lines.append([row["name"], row["does"], *changes, minutes(row, each), link])
     lines = [[cell if cell == "---" else f" {cell} " if cell else " " for cell in line] for line in lines]
     return "\n".join(f"|{'|'.join(line)}|" for line in lines)
 
 
 def one(results: Path, pattern: str) -> Group:
-    """The seeds of one recipe."""
+    """Return the runs of one recipe.
+
+    Raises:
+        ValueError: The pattern names runs of several recipes.
+    """
     groups = group([read(path) for path in find([str(results / pattern)])])
     if len(groups) > 1:
         raise ValueError(f"{pattern} holds {len(groups)} recipes: {', '.join(each.name for each in groups)}.")
@@ -63,45 +62,23 @@ def change(each: Group, metric: str) -> str:
     return f"{round(mean, 1) + 0.0:+.1f}" + ("" if sd is None else f" ± {sd:.1f}")  # no -0.0
 
 
-def run(wanted: Mapping[str, Any], results: Path) -> str:
-    """Some lines of a run's own table, as the terminal shows them."""
-    (result,) = one(results, wanted["results"]).results
-    assert result.before is not None
-    lines: list[list[str] | None] = []
-    last = None
-    for name in wanted["lines"]:
-        if name == "...":
-            lines.append(None)
-            continue
-        benchmark, metric = name.split("/")
-        values = [f"{result.before[name]:.1f}", f"{result.after[name]:.1f}", number(result.change(name))]
-        lines.append(["" if benchmark == last else benchmark, metric.replace("_", " "), *values])
-        last = benchmark
-    head = ["benchmark", "metric", "before", "after", "change"]
-    widths = [max(len(line[i]) for line in [head, *filter(None, lines)]) for i in range(len(head))]
-
-    def drawn(line: list[str] | None) -> str:
-        if line is None:
-            return "   ..."
-        cells = [
-            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        ]
-        return "│ " + " │ ".join(cells) + " │"
-
-    return "\n".join(["```", *(drawn(line) for line in [head, *lines]), "```"])
+def minutes(row: Mapping[str, Any], each: Group | None) -> str:
+    """Return what a run costs: as the row says, else as the result files say."""
+    if "minutes" in row or each is None:
+        return str(row.get("minutes") or "")
+    return f"{fmean(result.record.seconds or 0 for result in each.results) / 60:.0f}"
 
 
-def rewritten(text: str, tables: Mapping[str, str]) -> str:
-    """The text with every table between its comments made anew."""
-    names = [name for _, name, _ in BLOCK.findall(text)]
-    if sorted(names) != sorted(tables):
-        raise ValueError(f"README.md has places for {names}, and there are tables {list(tables)}.")
-    return BLOCK.sub(lambda found: f"{found[1]}\n{tables[found[2]]}\n\n{found[3]}", text)
+def rewritten(text: str, table: str) -> str:
+    """Return the text with a new table between the comments."""
+    if len(BLOCK.findall(text)) != 1:
+        raise ValueError("README.md must have one place for the table of methods, between two comments.")
+    return BLOCK.sub(lambda found: f"{found[1]}\n{table}\n\n{found[2]}", text)
 
 
 def main() -> None:
-    tables = render(yaml.safe_load((HERE / "tables.yaml").read_text()), HERE / "results")
-    README.write_text(rewritten(README.read_text(), tables))
+    table = methods(yaml.safe_load((HERE / "tables.yaml").read_text()), HERE / "results")
+    README.write_text(rewritten(README.read_text(), table))
 
 
 if __name__ == "__main__":
