@@ -2,34 +2,78 @@
 
 import resource
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Column
 from torch.distributed.tensor import DTensor
 
 from clipfix.models.clip import Backbone
 from clipfix.training.strategy import FSDP2
 
 
-class Progress(RichProgressBar):
-    """Lightning's bar, worded for runs that steps end: they have no epochs to count and no version number."""
+class Progress(ProgressBar):
+    """Shows the progress of training on one line: batches, elapsed and remaining time, and metrics logged for the bar.
 
-    def _get_train_description(self, current_epoch: int) -> str:
-        return "Training"
+    Departs from Lightning's RichProgressBar. A run is ended by `method.steps`, so the bar counts the batches of the
+    whole run instead of those of an epoch. The line is cut off at the width of the terminal instead of wrapping.
+    """
 
-    @property
-    def total_train_batches(self) -> int | float:
-        """All of the run, in batches; Lightning's is what a resumed run has left, in steps."""
-        steps, batches = self.trainer.max_steps, self.trainer.accumulate_grad_batches
-        return steps * batches if steps > 0 else super().total_train_batches
+    def __init__(self) -> None:
+        super().__init__()
+        self.bar = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=10),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[metrics]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+            expand=True,
+        )
+        self.task = self.bar.add_task("Training", start=False, metrics="")
 
-    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        return metrics
+    def disable(self) -> None:
+        """Show nothing; Lightning calls this on all ranks except the first."""
+        self.bar.disable = True
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        total = trainer.max_steps * trainer.accumulate_grad_batches if trainer.max_steps > 0 else None
+        self.bar.reset(self.task, total=total)
+        self.bar.start()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.bar.update(self.task, completed=batch_idx + 1, metrics=metrics_text(trainer.progress_bar_metrics))
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.bar.update(self.task, description="Validation")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.bar.update(self.task, description="Training", metrics=metrics_text(trainer.progress_bar_metrics))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.stop()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Leave the last state of the bar on the screen."""
+        if self.bar.live.is_started:
+            self.bar.stop()
+
+
+def metrics_text(metrics: Mapping[str, Any]) -> str:
+    """Return metrics as one short line: `train/loss` becomes `loss`, `selection/pairs/mean` becomes `pairs/mean`."""
+    short = {name.removeprefix("train/").removeprefix("selection/"): value for name, value in metrics.items()}
+    return " ".join(f"{name} {float(value):.3g}" for name, value in short.items())
 
 
 class Throughput(L.Callback):

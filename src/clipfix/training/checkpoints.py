@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
@@ -42,52 +43,64 @@ class WholeFiles(TorchCheckpointIO):
             ) from error
 
 
-class SaveWhenStopped(L.Callback):
-    """Saves to `path` and stops, between two optimizer steps, when a rank is asked to end: by SIGTERM, as SLURM and
-    torchrun do before they end it by force, or by SIGUSR1, which SLURM's --signal often names.
+class SaveWhenStopped(Checkpoint):
+    """Saves to `path` and stops training between two optimizer steps when a rank receives SIGTERM or SIGUSR1.
 
-    In place of Lightning's own handlers: under SIGUSR1 its checkpoint is of the midst of a step, and under SIGTERM each
-    rank calls the others from inside the handler, at whatever it was doing. Here all ranks ask each other once a batch,
-    and an accumulated step or a validation is done with first.
+    SLURM and torchrun send SIGTERM some time before they kill a process; SIGUSR1 is common in SLURM's --signal.
+
+    The ranks agree after each batch whether any of them received a signal. They then finish an accumulated step and a
+    validation that is due, save, and raise SIGTERMException where the next batch would begin.
+
+    Replaces Lightning's handlers. Lightning's SIGUSR1 handler saves in the middle of a step, and its SIGTERM handler
+    starts a collective operation at whatever point the process has reached. `trainer.should_stop` would add a
+    validation at this step, and the run would end as if it were complete.
+
+    This is a `Checkpoint`, which Lightning calls after all other callbacks: WiSE has restored the trained weights by
+    then. Pass it after ModelCheckpoint, whose newest score belongs into the file.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.asked = self.agreed = False
+        self.signalled = self.stopping = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Lightning has set its handlers by now; it brings back those before them when training ends."""
+        """Replace the handlers that Lightning has just installed; it restores the earlier ones after training."""
 
-        def ask(number: Any, frame: Any) -> None:
-            self.asked = True
-            if trainer.strategy.launcher is not None:  # ranks that were started from here
+        def handle(number: Any, frame: Any) -> None:
+            self.signalled = True
+            if trainer.strategy.launcher is not None:  # this process started the other ranks
                 trainer.strategy.launcher.kill(number)
 
-        self.asked = self.agreed = False
+        self.signalled = self.stopping = False
         for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, ask)
+            signal.signal(number, handle)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         seen: Any = pl_module.batches_seen
         step_done = seen % trainer.accumulate_grad_batches == 0
-        self.agreed = step_done and trainer.strategy.reduce_boolean_decision(self.asked, all=False)
-        self.tell(trainer, self.agreed)
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.tell(trainer, False)  # ranks with fewer batches would leave the others waiting
+        self.stopping = step_done and trainer.strategy.reduce_boolean_decision(self.signalled, all=False)
+        self.save_if_stopping(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.tell(trainer, self.agreed)
+        self.save_if_stopping(trainer)  # again, with the scores of this validation
 
-    def tell(self, trainer: L.Trainer, stop: bool) -> None:
-        """Lightning stops when it is done with a batch, and looks here whether to."""
-        trainer._signal_connector.received_sigterm = stop
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.raise_if_stopping()
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, SIGTERMException):
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.raise_if_stopping()
+
+    def save_if_stopping(self, trainer: L.Trainer) -> None:
+        if self.stopping:
             trainer.save_checkpoint(self.path)
+
+    def raise_if_stopping(self) -> None:
+        if self.stopping:
+            raise SIGTERMException
 
 
 # -- read --------------------------------------------------------------------------------------------------------------
