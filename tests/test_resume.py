@@ -163,9 +163,9 @@ def test_what_is_cut_off_is_named_and_passed_over(tmp_path, capsys):
     (folder / "last.ckpt").write_bytes(whole[: len(whole) // 2])
     capsys.readouterr()
     assert checkpoint_to_resume("auto", tmp_path) == str(folder / "best.ckpt")
-    assert f"{folder / 'last.ckpt'} is cut off" in capsys.readouterr().out
+    assert f"{folder / 'last.ckpt'} is damaged" in capsys.readouterr().out
     (folder / "best.ckpt").write_bytes(b"")
     assert checkpoint_to_resume("auto", tmp_path) is None
     assert checkpoint_to_resume(None, tmp_path) is None
-    with pytest.raises(ValueError, match="resume=7 is not there"):
+    with pytest.raises(ValueError, match="resume=7 does not exist"):
         checkpoint_to_resume(7, tmp_path)

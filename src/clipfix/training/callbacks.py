@@ -1,4 +1,4 @@
-"""What a run tells about itself while it trains, beside its losses, and the folder that a pretraining ends in."""
+"""Callbacks: progress bar, throughput, steps that are not finite, and saving a folder at the end of training."""
 
 import resource
 import time
@@ -79,7 +79,7 @@ def metrics_text(metrics: Mapping[str, Any]) -> str:
 class Throughput(L.Callback):
     """Logs `perf/images_per_second` over all ranks, `perf/memory_gb` (peak) and `data/skipped` (broken samples so far).
 
-    The clock runs from one training batch to the next, waiting for data included, and stands still in validation.
+    The measured time includes waiting for data, and excludes validation.
     """
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ class Throughput(L.Callback):
         self.started = 0.0
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """After whatever other callbacks do before training."""
+        """Start the clock after the `on_train_start` of other callbacks."""
         self.restart()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -110,12 +110,19 @@ class Throughput(L.Callback):
 
 
 class Finite(L.Callback):
-    """Passes over steps whose gradients are NaN or infinite, and ends a run that has nothing else left.
+    """Skips steps whose gradients are NaN or infinite, and stops the run after `patience` of them in a row.
 
-    Asked of the gradients, when they are whole: what one micro-batch of many or one rank alone makes of a bad sample
-    is in them by then, on all ranks. A step passed over changes no weight and no moment of the optimizer; the schedule
-    goes on. `perf/skipped_steps` counts them. After `patience` of them in a row each rank leaves its last batch as
-    `nonfinite-<rank>.pt` (the one that spoiled the loss, if it did) and the run stops with a ValueError.
+    The gradients are checked when they are complete: a bad sample in one micro-batch or on one rank has reached them
+    on all ranks by then. A skipped step changes no weight and no moment of the optimizer; the schedule advances.
+    `perf/skipped_steps` counts them. When the run stops, each rank saves its last batch, or the batch of a loss that
+    was not finite, as `nonfinite-<rank>.pt`.
+
+    Args:
+        folder: folder for the saved batches.
+        patience: consecutive skipped steps that stop the run.
+
+    Raises:
+        ValueError: after `patience` skipped steps in a row.
     """
 
     def __init__(self, folder: str, patience: int) -> None:
@@ -140,13 +147,13 @@ class Finite(L.Callback):
     ) -> None:
         weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None]
         norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights])
-        if isinstance(norm, DTensor):  # sharded: each rank knows its part alone
+        if isinstance(norm, DTensor):  # sharded: each rank has the norm of its shard
             norm = norm.full_tensor()
         if norm.isfinite():
             self.in_a_row = 0
         else:
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-            for weight in weights:  # without a gradient no optimizer touches it
+            for weight in weights:  # optimizers leave a weight without a gradient unchanged
                 weight.grad = None
             if self.in_a_row >= self.patience:
                 self.stop(trainer)
@@ -154,12 +161,12 @@ class Finite(L.Callback):
         self.batch, self.spoiled = None, False
 
     def stop(self, trainer: L.Trainer) -> None:
-        kept = self.folder / f"nonfinite-{trainer.global_rank}.pt"
-        torch.save(self.batch, kept)
+        path = self.folder / f"nonfinite-{trainer.global_rank}.pt"
+        torch.save(self.batch, path)
         raise ValueError(
             f"The loss or its gradients were NaN or infinite in {self.in_a_row} steps in a row, the last at step "
-            f"{trainer.global_step}; its batch is {kept}. Lower method.optimizer.lr, set trainer.gradient_clip_val=1 "
-            "or trainer.precision=32-true, and go on from the newest checkpoint by resume=auto."
+            f"{trainer.global_step}; its batch is {path}. Lower method.optimizer.lr, set trainer.gradient_clip_val=1 "
+            "or trainer.precision=32-true, and continue from the newest checkpoint by resume=auto."
         )
 
     def state_dict(self) -> dict[str, int]:
@@ -177,7 +184,7 @@ class SaveFolder(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if isinstance(trainer.strategy, FSDP2):
-            raise ValueError("callbacks.save_folder writes what one rank holds whole: choose trainer=ddp or gpu.")
+            raise ValueError("callbacks.save_folder cannot write sharded weights: choose trainer=ddp or gpu.")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module.backbone, Backbone)
@@ -186,7 +193,7 @@ class SaveFolder(L.Callback):
 
 
 def peak_memory_gb() -> float:
-    """The most this process has held: on the GPU where there is one, else in main memory."""
+    """Return the peak memory of this process in GB: on the GPU if there is one, otherwise in main memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -60,7 +60,8 @@ def shard(module: nn.Module, mesh: DeviceMesh) -> None:
     for blocks in lists:
         for block, ahead in zip(blocks, [module, *blocks], strict=False):
             block.set_modules_to_backward_prefetch([ahead])
-    module.run_nothing = lambda: None
+    root: Any = module
+    root.run_nothing = lambda: None
     register_fsdp_forward_method(module, "run_nothing")
 
 
@@ -81,7 +82,8 @@ def unshard(module: nn.Module) -> None:
     """Gather all weights on every rank, so that each rank can run the module alone. All ranks must call this."""
     if isinstance(module, FSDPModule):
         # The module whose forward runs first becomes the root of FSDP. Without this it could be a block.
-        module.run_nothing()
+        root: Any = module
+        root.run_nothing()
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.set_reshard_after_forward(False, recurse=False)
