@@ -312,7 +312,7 @@ FAULTS = [
     fault(
         "a checkpoint is written over the last good one",
         "training/checkpoints.py",
-        'with whole(path) as draft, draft.open("xb") as file:',
+        'with atomic_write(path) as draft, draft.open("xb") as file:',
         'with path.open("wb") as file:',
         "test_resume.py::test_a_full_disk_keeps_the_last_good_checkpoint",
     ),

@@ -187,9 +187,9 @@ def test_a_whole_model_is_no_checkpoint(folder, plain, tmp_path):
     torch.save(plain.state_dict(), whole := tmp_path / "whole.pt")
     torch.save(plain, module := tmp_path / "module.pt")
     for file in (whole, module):
-        with pytest.raises(ValueError, match=r"none of clipfix: .*backbone\.pretrained="):
+        with pytest.raises(ValueError, match=r"checkpoint=.*backbone\.pretrained="):
             load_repair(backbone, str(file))
-    with pytest.raises(ValueError, match="is not there"):
+    with pytest.raises(ValueError, match="checkpoint="):
         load_repair(backbone, str(tmp_path / "nowhere.ckpt"))
 
 

@@ -14,7 +14,7 @@ from shards import encoded, picture
 from clipfix.data.module import ShardData
 from clipfix.data.needs import Needs
 from clipfix.data.shards import expand
-from clipfix.data.stream import Decoder, ShardStream, beginning
+from clipfix.data.stream import Decoder, ShardStream, start_of_pass
 from clipfix.data.texts import Text
 
 CAPTION = {"caption": {"key": "txt", "pick": "one"}}
@@ -30,7 +30,7 @@ def shard_data(train: Any, **overrides: Any) -> ShardData:
 
 def stream(folder: Path, shuffle: int = 8, seed: int = 0, endless: bool = True, **place: int) -> ShardStream:
     texts = {name: Text(**text) for name, text in CAPTION.items()}
-    progress = beginning(workers=place.pop("workers", 1)) if endless else None
+    progress = start_of_pass(workers=place.pop("workers", 1)) if endless else None
     place = {"rank": 0, "world": 1, **place}
     return ShardStream(expand(str(folder)), Decoder(texts, 16, seed), shuffle=shuffle, progress=progress, **place)
 

@@ -235,7 +235,7 @@ class Method(L.LightningModule, ABC):
 
     def configure_model(self) -> None:
         if self.device_mesh is not None:
-            shard(self, self.device_mesh["data_parallel"])
+            shard(self, self.device_mesh)
             register_fsdp_forward_method(self, "terms")
             self.frozen_rows.hook_again()
 

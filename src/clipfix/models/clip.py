@@ -41,7 +41,7 @@ from clipfix.models.pretrained import (
     tokenizer,
 )
 from clipfix.models.tokenizer import Tokens
-from clipfix.system.files import whole
+from clipfix.system.files import atomic_write
 
 
 class Backbone(Model):
@@ -289,7 +289,7 @@ class Backbone(Model):
         folder.mkdir(parents=True, exist_ok=True)
         state, described = self.as_open_clip()
         weights = folder / WEIGHT_FILES[0]
-        with whole(weights) as draft:  # the weights may still be read from this very file
+        with atomic_write(weights) as draft:  # the weights may still be read from this very file
             save_file({key: value.to("cpu", dtype).contiguous() for key, value in state.items()}, draft)
             draft.chmod(0o644)  # safetensors writes for its owner alone, but folders are shared and shipped
         (folder / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n")

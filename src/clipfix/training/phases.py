@@ -1,4 +1,4 @@
-"""What trains when, and at which rate: phases of a run, and the optimizer that serves them all."""
+"""Phases of a run, each with its trained module and learning rate, and one optimizer for all of them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

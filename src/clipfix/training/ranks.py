@@ -1,4 +1,4 @@
-"""The batch that all ranks share: its rows gathered with gradient, and random draws that do not depend on their number.
+"""The joined batch of all ranks: gathering of rows with gradient, and random draws independent of the number of ranks.
 
 In training the rows of all ranks form one joined batch, so that any number of ranks computes the same loss. In
 validation, where the last batches of ranks differ in length, each rank scores its own rows alone.
@@ -16,13 +16,13 @@ from clipfix.system.ranks import rank_of
 
 
 class Ranks(nn.Module):
-    """This rank's place in the joined batch, and a random generator that all ranks seed alike.
+    """The position of this rank in the joined batch, and a random generator with the same seed on all ranks.
 
-    A module without parameters, so that `train()` and `eval()` of the method that holds it switch it as well: in eval
-    mode there is one rank. A method and its parts share one instance.
+    This is a module without parameters, so that `train()` and `eval()` of the method switch it as well. In eval mode
+    each rank counts as the only one. A method and its parts share one instance.
 
     Args:
-        seed: seed of the run. The draws of batch n follow from (seed, n) alone, so a resumed run repeats them.
+        seed: seed of the run. The draws of batch n depend on (seed, n) alone, so a resumed run repeats them.
     """
 
     generator: torch.Generator
@@ -42,14 +42,14 @@ class Ranks(nn.Module):
         return rank_of()[0] if self.training else 0
 
     def reseed(self, batch_number: int, device: torch.device) -> None:
-        """Start the draws of a batch anew."""
+        """Seed the generator for a batch."""
         state = np.random.SeedSequence([self.seed % 2**63, batch_number]).generate_state(1, np.uint64)
         self.generator = torch.Generator(device).manual_seed(int(state[0] >> 1))
 
     def sample(self, sampler: Callable[..., Tensor], *args: Any, rows: int, shape: tuple[int, ...] = ()) -> Tensor:
-        """Return this rank's part, [rows, *shape], of `sampler(*args, (rows of all ranks, *shape))`.
+        """Return the rows of this rank, [rows, *shape], of `sampler(*args, (rows of all ranks, *shape))`.
 
-        Two ranks draw what one rank would draw for the joined batch.
+        Several ranks draw the values that one rank would draw for the joined batch.
         """
         device = self.generator.device
         joined = sampler(*args, (rows * self.size, *shape), generator=self.generator, device=device)
@@ -61,9 +61,9 @@ class Ranks(nn.Module):
 
 
 class Gather(torch.autograd.Function):
-    """all_gather whose backward pass sums the gradients that the ranks' losses have for these rows; DDP averages.
+    """An all_gather whose backward pass sums the gradients of all ranks' losses for these rows; DDP averages them.
 
-    torch has had three names for this since 2.6, and each deprecated the last.
+    torch has had three names for this since 2.6, each deprecating the one before.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""How the learning rate changes over the optimizer steps of a phase."""
+"""Learning rate schedules over the optimizer steps of a phase."""
 
 import math
 from abc import ABC, abstractmethod
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 
 class Schedule(ABC):
-    """Linear warm-up, then what a subclass says.
+    """Base class of schedules: a linear warm-up, followed by `after_warmup` of a subclass.
 
     Args:
-        warmup_steps: optimizer steps until the full rate; the first has 1 / warmup_steps of it.
+        warmup_steps: optimizer steps until the full learning rate; the first has 1 / warmup_steps of it.
     """
 
     def __init__(self, warmup_steps: int) -> None:
@@ -35,7 +35,7 @@ class Schedule(ABC):
 
 
 class Cosine(Schedule):
-    """Half a cosine from the full rate to `floor` of it.
+    """Half a cosine from the full learning rate to `floor` times it.
 
     Source: SGDR (arXiv 1608.03983), equation 5, without restarts.
     """
@@ -43,7 +43,9 @@ class Cosine(Schedule):
     def __init__(self, warmup_steps: int, floor: float) -> None:
         super().__init__(warmup_steps)
         if not 0 <= floor <= 1:
-            raise ValueError(f"method.schedule.floor is {floor}: set the last share of the rate, between 0 and 1.")
+            raise ValueError(
+                f"method.schedule.floor is {floor}: set the last factor on the learning rate, between 0 and 1."
+            )
         self.floor = floor
 
     def after_warmup(self, step: int, steps: int) -> float:
@@ -51,12 +53,17 @@ class Cosine(Schedule):
 
 
 class Steps(Schedule):
-    """The full rate, multiplied by `factor` at each of some shares of the steps after the warm-up."""
+    """The full learning rate, multiplied by `factor` at given fractions of the steps after the warm-up.
+
+    Args:
+        at: fractions of the steps after the warm-up, each between 0 and 1.
+        factor: factor on the learning rate at each of them.
+    """
 
     def __init__(self, warmup_steps: int, at: Sequence[float], factor: float) -> None:
         super().__init__(warmup_steps)
         if not all(0 < share < 1 for share in at):
-            raise ValueError(f"method.schedule.at is {list(at)}: give shares of the steps, each between 0 and 1.")
+            raise ValueError(f"method.schedule.at is {list(at)}: set fractions of the steps, each between 0 and 1.")
         self.at, self.drop = list(at), factor
 
     def after_warmup(self, step: int, steps: int) -> float:
