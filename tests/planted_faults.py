@@ -88,8 +88,8 @@ FAULTS = [
     fault(
         "gradient of the plane without the gaps of eigenvalues",
         "functional/components.py",
-        "@ dropped * inverse_gaps) @ dropped.T",
-        "@ dropped) @ dropped.T",
+        "@ discarded * inverse_gaps) @ discarded.T",
+        "@ discarded) @ discarded.T",
         f"{LONGCLIP}::test_gradient_equals_finite_differences",
     ),
     fault(
@@ -109,8 +109,8 @@ FAULTS = [
     fault(
         "captions are held against the bar of images",
         "functional/positives.py",
-        "samples.gist.T > thresholds.text_text)",
-        "samples.gist.T > thresholds.image_image)",
+        "samples.mean_text.T > thresholds.text_text)",
+        "samples.mean_text.T > thresholds.image_image)",
         f"{FFF}::test_positives_are_a_double_loop",
         f"{FFF}::test_each_condition_promotes_what_it_names",
     ),

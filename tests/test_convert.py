@@ -17,7 +17,7 @@ from transformers import CLIPImageProcessor, SiglipConfig, SiglipModel
 
 from clipfix.models import convert
 from clipfix.models.clip import Backbone
-from clipfix.models.pretrained import fitting
+from clipfix.models.pretrained import matching_architectures
 from clipfix.training.checkpoints import load_repair
 
 QUICK = CLIP | {"quick_gelu": True}
@@ -196,11 +196,11 @@ def test_a_whole_model_is_no_checkpoint(folder, plain, tmp_path):
 def test_another_architecture_is_named(folder, plain, tmp_path):
     torch.save(plain.state_dict(), file := tmp_path / "weights.pt")
     wide = architecture(tmp_path / "wide", QUICK | {"vision_cfg": CLIP["vision_cfg"] | {"width": 96}})
-    with pytest.raises(ValueError, match=r"is another architecture: visual\..*Choose backbone\.name="):
+    with pytest.raises(ValueError, match=r"has another architecture: visual\..*backbone\.name="):
         Backbone(str(wide), pretrained=str(file))
     with torch.device("meta"):
         state = Backbone("ViT-B-16").model.state_dict()
-    found = fitting(state)
+    found = matching_architectures(state)
     assert {"ViT-B-16", "ViT-B-16-quickgelu"} <= set(found)
     assert not {"ViT-B-32", "ViT-L-14", "RN50"} & set(found)
-    assert fitting(state, quick_gelu=True) == ["ViT-B-16-quickgelu"]
+    assert matching_architectures(state, quick_gelu=True) == ["ViT-B-16-quickgelu"]
