@@ -319,7 +319,7 @@ def test_saved_text_encoder_has_the_keys_of_every_release(generator_folder):
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "nobody/no-such-model", "{empty}"])
 def test_missing_model_names_the_key_that_takes_a_folder(path, tmp_path):
-    with pytest.raises(ValueError, match=r"diffusion\.path=/folder"):
+    with pytest.raises(ValueError, match=r"diffusion\.path"):
         Diffusion(path.format(empty=tmp_path))
 
 
@@ -369,5 +369,5 @@ def test_parts_that_do_not_fit_are_refused_before_weights_are_read(file, change,
 def test_folder_without_a_part_is_refused_by_name(part, folder, tmp_path):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / part)
-    with pytest.raises(ValueError, match=rf"(?s){tmp_path / part}.*Give a folder in diffusers' layout"):
+    with pytest.raises(ValueError, match=rf"(?s){tmp_path / part}.*diffusion\.path"):
         Diffusion(str(tmp_path))

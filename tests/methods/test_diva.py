@@ -139,6 +139,22 @@ def test_every_token_rule_gives_a_condition(rule, clip_folder, generator_folder)
     assert {path.stem for path in (CONF / "patches").glob("*.yaml")} == RULES.keys()
 
 
+@pytest.mark.parametrize(
+    ("rule", "settings", "message"),
+    [
+        ("random", {"amount": 2}, r"method\.condition\.null_text is tokenwise"),
+        ("average", {"side": 9}, r"method\.condition\.patches\.side is 9"),
+    ],
+)
+def test_patches_that_do_not_fit_are_named_by_key_and_value(rule, settings, message, clip_folder, generator_folder):
+    condition = {"null_text": "tokenwise", "patches": settings}
+    method = build("diva", clip_folder, generator_folder, f"patches={rule}", condition=condition)
+    method.seed_draws(0)
+    tokens = method.backbone.visual_tokens(batch(2)["image"])
+    with pytest.raises(ValueError, match=message):
+        method.condition(*tokens)
+
+
 def test_random_patches_are_drawn_with_replacement():
     patches = torch.arange(4.0).view(1, 4, 1).expand(2, 4, 1)
     drawn = RandomPatches(60)(patches, cpu_draw)

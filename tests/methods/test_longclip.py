@@ -112,9 +112,9 @@ def test_switches(make):
     alone = make(components_over="rank").loss(inputs)["short"]  # one rank holds the whole batch
     torch.testing.assert_close(alone, whole["short"])
     assert make(start_scale=None).backbone.logit_scale.exp().item() == pytest.approx(1 / 0.07)
-    for wrong in ({"components": 0}, {"chunk": 0}, {"keep_tokens": 16}):
-        with pytest.raises(Exception, match=r"method\.(components|chunk|keep_tokens)"):
-            make(**wrong)
+    for key, value in {"components": 0, "chunk": 0, "ratio": 0, "keep_tokens": 15}.items():
+        with pytest.raises(Exception, match=rf"method\.{key} is {value}"):
+            make(**{key: value})
 
 
 def test_share_of_cut_texts_is_noted(make):
