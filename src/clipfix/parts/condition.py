@@ -1,7 +1,7 @@
 """Conditions of a diffusion model: visual tokens of CLIP, projected to its cross-attention space."""
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,9 +81,7 @@ class VisualTokens(Condition):
     GenHancer's (arXiv 2503.19480).
     """
 
-    def __init__(
-        self, patches: PatchRule, null_text: Literal["tokenwise", "mean"], tokens: int, steps: int, lr: float | None
-    ) -> None:
+    def __init__(self, patches: PatchRule, null_text: str, tokens: int, steps: int, lr: float | None) -> None:
         super().__init__(tokens, steps, lr)
         if null_text not in ("tokenwise", "mean"):
             raise ValueError(f"method.condition.null_text is {null_text}: choose tokenwise or mean.")
