@@ -88,8 +88,8 @@ FAULTS = [
     fault(
         "gradient of the plane without the gaps of eigenvalues",
         "functional/components.py",
-        "@ dropped * inverse_gaps) @ dropped.T",
-        "@ dropped) @ dropped.T",
+        "@ discarded * inverse_gaps) @ discarded.T",
+        "@ discarded) @ discarded.T",
         f"{LONGCLIP}::test_gradient_equals_finite_differences",
     ),
     fault(

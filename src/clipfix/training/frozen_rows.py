@@ -1,4 +1,4 @@
-"""Freezing the first rows of a trained table, so that they stay bit-identical."""
+"""Frozen rows of a trained table: they stay bit-identical with any optimizer."""
 
 from functools import partial
 
@@ -11,8 +11,8 @@ from clipfix.training.sharding import local, rows_here
 class FrozenRows:
     """Freezes the first rows of some parameters of a module.
 
-    Their gradients are set to zero as they are accumulated, and the rows are written back after each optimizer step,
-    because weight decay and momentum move a weight without a gradient too.
+    Their gradients are set to zero when they are accumulated. The rows are also restored after each optimizer step,
+    because weight decay and momentum change weights that have no gradient.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -26,18 +26,18 @@ class FrozenRows:
         table.register_post_accumulate_grad_hook(partial(self._clear, name))
 
     def hook_again(self) -> None:
-        """Register the hooks again, after sharding has replaced the parameters."""
+        """Register the hooks again, after parameters were replaced by sharded ones."""
         for name in self.rows:
             self.module.get_parameter(name).register_post_accumulate_grad_hook(partial(self._clear, name))
 
     def _clear(self, name: str, table: Tensor) -> None:
-        """Set the gradient of the frozen rows to zero. Of those that this rank holds, they are the first."""
+        """Set the gradient of the frozen rows to zero, as far as this rank holds them: they are its first rows."""
         assert table.grad is not None
         local(table.grad)[: len(self.rows[name][rows_here(table)])] = 0
 
     @torch.no_grad()
     def restore(self, *_: object) -> None:
-        """Write the frozen rows back; called after each optimizer step."""
+        """Restore the frozen rows. The optimizer calls it after each step."""
         for name, rows in self.rows.items():
             table = self.module.get_parameter(name)
             if rows.device != table.device:
