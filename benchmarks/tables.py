@@ -1,4 +1,4 @@
-"""README's tables from benchmarks/results: `make tables` rewrites what stands between two comments.
+"""Writes the tables of README.md from benchmarks/results: `make tables` replaces the text between two comments.
 
     <!-- table: methods (make tables) -->
 
@@ -6,7 +6,7 @@
 
     <!-- end -->
 
-Words come from tables.yaml, numbers from result files alone.
+Text comes from tables.yaml, and numbers from result files alone.
 """
 
 import re
@@ -27,15 +27,15 @@ BLOCK = re.compile(r"(<!-- table: (\w+) \(make tables\) -->\n).*?(<!-- end -->)"
 
 
 def render(wanted: Mapping[str, Any], results: Path) -> dict[str, str]:
-    """Every table by name, in markdown."""
+    """Return every table by name, in Markdown."""
     return {"methods": methods(wanted["methods"], results), "run": run(wanted["run"], results)}
 
 
 def methods(wanted: Mapping[str, Any], results: Path) -> str:
-    """A row per method, its change by each column's metric: mean and standard deviation over seeds."""
+    """Return a row for each method with the change of each metric: mean and standard deviation over seeds."""
     groups = [None if row["results"] is None else one(results, row["results"]) for row in wanted["rows"]]
     runs = [result for each in groups if each is not None for result in each.results]
-    refuse(runs)  # a table of different splits would be none
+    refuse(runs)  # raises if runs were scored on different splits
     heads = [f"{name} {before(runs, metric):.0f}" for name, metric in wanted["columns"].items()]
     lines = [["method", "what it does", *heads, "source"], ["---"] * (len(heads) + 3)]
     for row, each in zip(wanted["rows"], groups, strict=True):
@@ -47,24 +47,26 @@ def methods(wanted: Mapping[str, Any], results: Path) -> str:
 
 
 def one(results: Path, pattern: str) -> Group:
-    """The seeds of one recipe."""
+    """Return the runs of one recipe, with all seeds; raise ValueError if there are several recipes."""
     groups = group([read(path) for path in find([str(results / pattern)])])
     if len(groups) > 1:
-        raise ValueError(f"{pattern} holds {len(groups)} recipes: {', '.join(each.name for each in groups)}.")
+        raise ValueError(f"{pattern} matches {len(groups)} recipes: {', '.join(each.name for each in groups)}.")
     return groups[0]
 
 
 def before(runs: Sequence[Result], metric: str) -> float:
+    """Return the mean score before training."""
     return fmean(result.before[metric] for result in runs if result.before is not None)
 
 
 def change(each: Group, metric: str) -> str:
+    """Return the change of a metric as text."""
     mean, sd = summarize([result.change(metric) for result in each.results])
-    return f"{round(mean, 1) + 0.0:+.1f}" + ("" if sd is None else f" ± {sd:.1f}")  # no -0.0
+    return f"{round(mean, 1) + 0.0:+.1f}" + ("" if sd is None else f" ± {sd:.1f}")  # + 0.0 avoids -0.0
 
 
 def run(wanted: Mapping[str, Any], results: Path) -> str:
-    """Some lines of a run's own table, as the terminal shows them."""
+    """Return some lines of the table of a run, as the terminal shows them."""
     (result,) = one(results, wanted["results"]).results
     assert result.before is not None
     lines: list[list[str] | None] = []
@@ -80,7 +82,7 @@ def run(wanted: Mapping[str, Any], results: Path) -> str:
     head = ["benchmark", "metric", "before", "after", "change"]
     widths = [max(len(line[i]) for line in [head, *filter(None, lines)]) for i in range(len(head))]
 
-    def drawn(line: list[str] | None) -> str:
+    def formatted(line: list[str] | None) -> str:
         if line is None:
             return "   ..."
         cells = [
@@ -88,15 +90,15 @@ def run(wanted: Mapping[str, Any], results: Path) -> str:
         ]
         return "│ " + " │ ".join(cells) + " │"
 
-    return "\n".join(["```", *(drawn(line) for line in [head, *lines]), "```"])
+    return "\n".join(["```", *(formatted(line) for line in [head, *lines]), "```"])
 
 
 def rewritten(text: str, tables: Mapping[str, str]) -> str:
-    """The text with every table between its comments made anew."""
+    """Return the text with every table replaced."""
     names = [name for _, name, _ in BLOCK.findall(text)]
     if sorted(names) != sorted(tables):
-        raise ValueError(f"README.md has places for {names}, and there are tables {list(tables)}.")
-    return BLOCK.sub(lambda found: f"{found[1]}\n{tables[found[2]]}\n\n{found[3]}", text)
+        raise ValueError(f"README.md has comments for the tables {names}, but the tables are {list(tables)}.")
+    return BLOCK.sub(lambda match: f"{match[1]}\n{tables[match[2]]}\n\n{match[3]}", text)
 
 
 def main() -> None:
