@@ -4,8 +4,8 @@
     python benchmarks/kills.py --kills 20 --methods finetune --ranks 2
 
 Each run is a process, or several ranks in one session, on a small drawn world. It is killed by SIGKILL after a time
-that is uniform over the duration of an uninterrupted run, imports included, and restarted until it ends. The weights must
-be bit-identical.
+that is uniform over the duration of an uninterrupted run, imports included, and restarted until it ends. The weights
+must be bit-identical.
 """
 
 import argparse
