@@ -43,7 +43,7 @@ def says() -> tuple[str, int, int | str]:
 @pytest.mark.parametrize("kind", ["torchrun", "srun"])
 def test_ranks_agree(kind):
     told = multiprocessing.get_context("fork").Queue()
-    assert on_two_ranks(kind, says, told=told) == [0, 0]
+    assert on_two_ranks(kind, says, results=told) == [0, 0]
     assert sorted(told.get() for _ in range(2)) == [(rank, ("told by 0", 1, 2)) for rank in (0, 1)]
 
 
