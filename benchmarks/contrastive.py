@@ -1,11 +1,11 @@
-"""The contrastive loss of a large batch, forward and backward: plain, in chunks of rows, and by the memeff package.
+"""The contrastive loss of a large batch, forward and backward: plain, in chunks of rows, and with the package memeff.
 
     python benchmarks/contrastive.py --samples 32768        # on a GPU
     python benchmarks/contrastive.py --samples 1024
 
-Numbers that were measured are in RESULTS.md. `plain` holds both matrices of similarities and their gradients; `chunked`
-is what `contrastive_loss` does by itself above 2^26 similarities. memeff takes the temperature as a number, so it gives
-no gradient for it.
+Measured numbers are in RESULTS.md. `plain` stores both similarity matrices and their gradients; `chunked` is the
+default of `contrastive_loss` above 2^26 similarities. memeff takes the temperature as a number and gives no gradient
+for it.
 """
 
 import argparse
@@ -23,11 +23,12 @@ from clipfix.training.precision import fp32_products
 SCALE = 100.0
 
 
-def compare(asked: argparse.Namespace) -> None:
-    device, samples = asked.device, asked.samples
-    results = Results(f"Contrastive loss, N {samples}, dim {asked.dim}, {name_of(device)}", asked.json)
+def compare(args: argparse.Namespace) -> None:
+    """Time all implementations on the same features and compare their gradients."""
+    device, samples = args.device, args.samples
+    results = Results(f"Contrastive loss, N {samples}, dim {args.dim}, {name_of(device)}", args.json)
     generator = torch.Generator(device).manual_seed(0)
-    drawn = [torch.randn(samples, asked.dim, generator=generator, device=device) for _ in range(2)]
+    drawn = [torch.randn(samples, args.dim, generator=generator, device=device) for _ in range(2)]
     image, text = F.normalize(drawn[0], dim=-1), F.normalize(drawn[0] + 5 * drawn[1], dim=-1)  # cosines near 0.2
     trained = [image.requires_grad_(), text.requires_grad_(), torch.tensor(SCALE, device=device, requires_grad=True)]
 
@@ -41,7 +42,7 @@ def compare(asked: argparse.Namespace) -> None:
         memeff = MemoryEfficientCLIPLoss(temperature=1 / SCALE, normalized_inputs=True, stable=False)
         ways["memeff"] = lambda: memeff(image, text)
     held = torch.cuda.memory_allocated() / GB if device == "cuda" else 0.0
-    expected: list[Tensor | None] | None = None  # of the first way, in fp32
+    expected: list[Tensor | None] | None = None  # loss and gradients of the first implementation in fp32
     for precision in ("highest", "high") if device == "cuda" else ("highest",):
         plain = None
         for name, way in ways.items():
@@ -56,8 +57,8 @@ def compare(asked: argparse.Namespace) -> None:
             with fp32_products(precision):
                 try:
                     loss = step()
-                    wall, peak = in_turn({name: step}, asked.repeats, device)
-                except Exception as error:  # out of memory; or, of memeff, a kernel too large for this GPU
+                    wall, peak = in_turn({name: step}, args.repeats, device)
+                except Exception as error:  # out of memory, or a kernel of memeff that is too large for this GPU
                     wall, why = {}, str(error).partition("\n")[0][:100]
             label = f"{name}, {'TF32' if precision == 'high' else 'fp32'}"
             if not wall:
@@ -83,7 +84,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=32768)
     parser.add_argument("--dim", type=int, default=768)
-    parser.add_argument("--repeats", type=int, default=3, help="the least time counts")
+    parser.add_argument("--repeats", type=int, default=3, help="the shortest time is reported")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", help="where the rows are kept")
+    parser.add_argument("--json", help="file for the rows")
     compare(parser.parse_args())

@@ -1,13 +1,13 @@
-"""The data path alone: images a second against plain Pillow and torchvision, workers, memory over time, long lists.
+"""The data path alone: speed against plain Pillow and torchvision, workers, memory over time, and long lists of urls.
 
-    python benchmarks/data.py speed             # one core: the stream against decoding the same bytes
+    python benchmarks/data.py speed             # one core: the stream, and plain decoding of the same bytes
     python benchmarks/data.py workers           # 1 and 2 loader processes
     python benchmarks/data.py memory            # resident set over 200,000 small samples
-    python benchmarks/data.py urls              # seconds until a list of 100,000 shards is ready
-    python benchmarks/data.py device            # on a GPU: 512 px shards to batches on it, by processes or its decoder
+    python benchmarks/data.py urls              # seconds to list 100,000 shards
+    python benchmarks/data.py device            # on a GPU: 512 px shards to batches, by processes or by its decoder
 
-Photographs are crops of those that come with scikit-learn and scikit-image, saved as img2dataset saves them (JPEG,
-quality 95, shorter side 256); every one differs.
+Pictures are different crops of the photographs in scikit-learn and scikit-image, in the format of img2dataset (JPEG,
+quality 95, shorter side 256).
 """
 
 import argparse
@@ -40,7 +40,7 @@ FLOATS = "clipfix, the same, and batches to [0, 1] on this core"
 
 
 def photographs(count: int, width: int, height: int) -> Iterator[bytes]:
-    """JPEG files of crops, each another one."""
+    """Yield JPEG files of different crops."""
     from skimage import data
     from sklearn.datasets import load_sample_images
 
@@ -57,6 +57,7 @@ def photographs(count: int, width: int, height: int) -> Iterator[bytes]:
 
 
 def shards(folder: Path, files: list[bytes], per_shard: int) -> str:
+    """Write shards of these image files and return their folder."""
     for start in range(0, len(files), per_shard):
         with tarfile.open(folder / f"{start // per_shard:05d}.tar", "w") as tar:
             for place, data in enumerate(files[start : start + per_shard], start=start):
@@ -65,6 +66,7 @@ def shards(folder: Path, files: list[bytes], per_shard: int) -> str:
 
 
 def loader(train: str | list[str], image_size: int, workers: int, batch_size: int = 64, shuffle: int = 200) -> Iterator:
+    """Return an iterator over training batches."""
     data = ShardData(train, None, CAPTION, batch_size, workers, shuffle, seed=0, needs=Needs(image_size))
     data.setup()
     return iter(data.train_dataloader())
@@ -125,13 +127,13 @@ def speed(count: int, size: int, repeats: int) -> None:
         }
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         stream()
-        for _ in range(repeats):  # in turn, so that other work on the machine falls on all
+        for _ in range(repeats):  # in turn, so that other load on the machine affects all
             for name, way in ways.items():
                 start = time.process_time()
                 way(files[: count // 64 * 64], size)
                 seconds[name].append(time.process_time() - start)
     print(f"{count} JPEG of 341 x 256, {sum(map(len, files)) / count / 1e3:.0f} kB each, to {size} px; CPU seconds")
-    print("| way | images/s a core | clipfix in bytes / it | in floats / it |\n|---|---|---|---|")
+    print("| implementation | images/s per core | clipfix in bytes / it | in floats / it |\n|---|---|---|---|")
     middle = {name: statistics.median(taken) for name, taken in seconds.items()}
     for name, taken in seconds.items():
         rates = [count // 64 * 64 / one for one in taken]
@@ -163,25 +165,26 @@ def workers(count: int, size: int, repeats: int) -> None:
 
 
 def resident() -> float:
-    """MB of this process now."""
+    """Return the resident set of this process in MB."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
 
 
 def grow(folder: str, samples: int) -> list[tuple[int, float]]:
+    """Return (samples read, MB) ten times during the reading of samples."""
     torch.set_num_threads(1)
-    found = [(0, resident())]
+    sizes = [(0, resident())]
     batches = loader(folder, 32, workers=0, batch_size=100, shuffle=2000)
     for number in range(1, samples // 100 + 1):
         next(batches)
         if number * 100 % (samples // 10) == 0:
-            found.append((number * 100, resident()))
-    return found
+            sizes.append((number * 100, resident()))
+    return sizes
 
 
 def memory(samples: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         shards(Path(folder), list(photographs(10_000, 32, 32)), per_shard=1000)
-        # Of its own: what packing has freed would hide growth.
+        # In a separate process: memory freed after writing the shards would hide growth.
         for number, megabytes in alone(grow, folder, samples):
             print(f"{number:>7} samples  {megabytes:.1f} MB")
 
@@ -206,9 +209,9 @@ def urls(count: int) -> None:
             "list of paths": [f"{many}/{number:06d}.tar" for number in range(count)],
         }
         print("| 100,000 shards given as | listed, s | first batch of 2 workers, s |\n|---|---|---|")
-        for name, given in cases.items():
+        for name, source in cases.items():
             start = time.perf_counter()
-            data_module = ShardData(given, None, CAPTION, 8, 2, 0, seed=0, needs=Needs(32))
+            data_module = ShardData(source, None, CAPTION, 8, 2, 0, seed=0, needs=Needs(32))
             data_module.setup()
             listed = time.perf_counter() - start
             first = float("nan")
@@ -222,12 +225,12 @@ def urls(count: int) -> None:
 # -- to batches on a device --------------------------------------------------------------------------------------------
 
 
-def to_device(asked: argparse.Namespace) -> None:
-    """Images a second, from shards of 512 px pictures to float batches on the device, with nothing else to do there."""
-    device, batch_size, side = asked.device, 64, asked.size
-    results = Results(f"512 px JPEG to {side} px batches, {name_of(device)}, {os.cpu_count()} cores", asked.json)
-    unique = list(photographs(min(asked.count, 256), 512, 512))
-    files = [unique[number % len(unique)] for number in range(asked.count)]
+def to_device(args: argparse.Namespace) -> None:
+    """Measure images per second from shards of 512 px pictures to float batches on an idle device."""
+    device, batch_size, side = args.device, 64, args.size
+    results = Results(f"512 px JPEG to {side} px batches, {name_of(device)}, {os.cpu_count()} cores", args.json)
+    unique = list(photographs(min(args.count, 256), 512, 512))
+    files = [unique[number % len(unique)] for number in range(args.count)]
     smaller = []
     for data in unique:
         image = cropped(Image.open(io.BytesIO(data)).convert("RGB"), side)
@@ -236,10 +239,10 @@ def to_device(asked: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         large, small = Path(folder, "large"), Path(folder, "small")
         large.mkdir(), small.mkdir()
-        per_shard = asked.count // max(asked.workers)
+        per_shard = args.count // max(args.workers)
         shards(large, files, per_shard)
-        shards(small, [smaller[number % len(smaller)] for number in range(asked.count)], per_shard)
-        steps = asked.count // batch_size
+        shards(small, [smaller[number % len(smaller)] for number in range(args.count)], per_shard)
+        steps = args.count // batch_size
 
         def loaded(source: Path, workers: int) -> float:
             batches = loader(str(source), side, workers, batch_size, shuffle=0)
@@ -252,9 +255,9 @@ def to_device(asked: argparse.Namespace) -> None:
             wait(device)
             return 2 * steps * batch_size / (time.perf_counter() - start)
 
-        for workers in asked.workers:
+        for workers in args.workers:
             results.add(f"{workers} loader processes", images_per_second=loaded(large, workers))
-        workers = max(asked.workers)
+        workers = max(args.workers)
         name = f"{workers} loader processes, shards prepared at {side} px"
         results.add(name, images_per_second=loaded(small, workers))
         if device == "cuda":
@@ -276,22 +279,22 @@ def to_device(asked: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["speed", "workers", "memory", "urls", "device"])
-    parser.add_argument("--count", type=int, help="of images, samples or urls")
+    parser.add_argument("--count", type=int, help="number of images, samples or urls")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--workers", type=int, nargs="+", default=[4, 8, 14], help="of device: loader processes")
+    parser.add_argument("--workers", type=int, nargs="+", default=[4, 8, 14], help="loader processes of `device`")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", help="where the rows of `device` are kept")
-    given = parser.parse_args()
+    parser.add_argument("--json", help="file for the rows of `device`")
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    if given.what == "speed":
-        speed(given.count or 1024, given.size, given.repeats)
-    elif given.what == "workers":
-        workers(given.count or 1024, given.size, given.repeats)
-    elif given.what == "memory":
-        memory(given.count or 200_000)
-    elif given.what == "device":
-        given.count = given.count or 3584
-        to_device(given)
+    if args.what == "speed":
+        speed(args.count or 1024, args.size, args.repeats)
+    elif args.what == "workers":
+        workers(args.count or 1024, args.size, args.repeats)
+    elif args.what == "memory":
+        memory(args.count or 200_000)
+    elif args.what == "device":
+        args.count = args.count or 3584
+        to_device(args)
     else:
-        urls(given.count or 100_000)
+        urls(args.count or 100_000)

@@ -1,14 +1,14 @@
-"""One DIVA step against a plain one: VAE in fp32 and text encoder every step, a pass of tower and U-Net for each draw.
+"""One DIVA step, and a plain step: VAE in fp32 and text encoder in every step, tower and U-Net once for each draw.
 
     python benchmarks/diva.py step --compile                # tiny CLIP and generator: time, operations, agreement
-    python benchmarks/diva.py step --generator sd21-small --batch 4               # Stable Diffusion's proportions
+    python benchmarks/diva.py step --generator sd21-small --batch 4               # shapes of Stable Diffusion, smaller
     python benchmarks/diva.py step batches --model ViT-L-14 --generator sd21-base --batch 32 --batches 16 32 64 \
         --autocast --bf16 --compile                         # on a GPU
-    python benchmarks/diva.py split                         # which part a step's time goes to
-    python benchmarks/diva.py memory --generator sd21-small # what a step needs, with and without checkpointing
+    python benchmarks/diva.py split                         # the time of each part of a step
+    python benchmarks/diva.py memory --generator sd21-small # memory with and without checkpointing
 
-Numbers that were measured are in RESULTS.md. Weights are random, but for the tiny models that ship. Each row of `step`
-keeps the switches of the rows before it, so that each shows what one more is worth.
+Measured numbers are in RESULTS.md. Weights are random, except those of the tiny models that are part of clipfix. Each
+row of `step` keeps the switches of the rows before it and adds one.
 """
 
 import argparse
@@ -41,7 +41,7 @@ GENERATORS = ("tiny", "sd21-small", "sd21-base")
 
 
 class PlainDIVA(DIVA):
-    """The same loss as a port of the paper would be written first."""
+    """The same loss in the most direct form, as in a port of the paper."""
 
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         images, diffusion, losses = batch["image"], self.diffusion, []
@@ -68,7 +68,9 @@ class PlainDIVA(DIVA):
 
 
 def sd21(small: bool = False) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel]:
-    """The parts of Stable Diffusion 2.1-base with random weights; small: all widths an eighth, 256 px instead of 512.
+    """Return the parts of Stable Diffusion 2.1-base with random weights.
+
+    The small variant has an eighth of all widths, and 256 px instead of 512.
 
     Source: the config.json files of stabilityai/stable-diffusion-2-1-base.
     """
@@ -91,7 +93,7 @@ def sd21(small: bool = False) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIP
 
 
 def generator(name: str, device: str) -> Diffusion:
-    """The one that ships, or one of Stable Diffusion's shapes with random weights, made on the device."""
+    """Return the tiny generator, or one with shapes of Stable Diffusion and random weights, on the device."""
     if name == "tiny":
         return Diffusion(str(PACKAGE / "tiny" / "diffusion")).to(device)
     torch.manual_seed(0)
@@ -105,7 +107,7 @@ def generator(name: str, device: str) -> Diffusion:
 
 
 def build(kind: type[DIVA], model: str, diffusion: Diffusion, device: str, checkpointing: bool = False) -> DIVA:
-    """Weights stay where they are, as the rate is zero: every step does the same."""
+    """Return a method whose learning rate is zero, so that all steps are equal."""
     torch.manual_seed(0)
     with torch.device(device):
         backbone = Backbone(
@@ -129,7 +131,7 @@ def build(kind: type[DIVA], model: str, diffusion: Diffusion, device: str, check
 
 
 def pictures(method: DIVA, rows: int, stored: bool) -> dict[str, Any]:
-    """A batch of noise pictures, and their latents where a run would read them from its shards."""
+    """Return a batch of noise pictures, with latents if a run would read them from shards."""
     side, device = method.needs.image_size, method.device
     made = torch.rand(rows, 3, side, side, generator=torch.Generator(device).manual_seed(0), device=device)
     batch = {"image": made}
@@ -139,7 +141,7 @@ def pictures(method: DIVA, rows: int, stored: bool) -> dict[str, Any]:
 
 
 def stepper(method: DIVA, batch: dict[str, Any], autocast: bool) -> Callable[[], float]:
-    """Forward, backward and update; returns the loss."""
+    """Return a function that does forward, backward and update, and returns the loss."""
     optimizer = method.configure_optimizers()["optimizer"]
 
     def step() -> float:
@@ -158,27 +160,27 @@ def gradient(method: DIVA) -> Tensor:
     return torch.cat([p.grad.flatten().float() for p in method.parameters() if p.grad is not None])
 
 
-def precision_of(asked: argparse.Namespace) -> torch.dtype:
-    return torch.bfloat16 if asked.autocast else torch.float32
+def precision_of(args: argparse.Namespace) -> torch.dtype:
+    return torch.bfloat16 if args.autocast else torch.float32
 
 
-def compare_steps(asked: argparse.Namespace, results: Results) -> None:
-    """Plain, DIVA as it is, and DIVA with one more switch a row; plain again after each, as it drifts."""
-    device, rows = asked.device, asked.batch
-    ceiling = asked.ceiling * 1e12 if asked.ceiling else matrix_ceiling(device, precision_of(asked))
+def compare_steps(args: argparse.Namespace, results: Results) -> None:
+    """Time the plain step, DIVA, and DIVA with one more switch in each row. Plain is repeated after each row."""
+    device, rows = args.device, args.batch
+    ceiling = args.ceiling * 1e12 if args.ceiling else matrix_ceiling(device, precision_of(args))
     results.add("matrix ceiling", note=f"{ceiling / 1e12:.1f} TFLOP/s", ceiling=ceiling)
-    plain, ours = (build(kind, asked.model, generator(asked.generator, device), device) for kind in (PlainDIVA, DIVA))
-    plain_step = stepper(plain, pictures(plain, rows, stored=False), asked.autocast)
+    plain, ours = (build(kind, args.model, generator(args.generator, device), device) for kind in (PlainDIVA, DIVA))
+    plain_step = stepper(plain, pictures(plain, rows, stored=False), args.autocast)
     unet = ours.diffusion.unet
 
     def nothing() -> None:
         pass
 
     switches: dict[str, Callable[[], object]] = {"clipfix": nothing, "+ stored latents": nothing}
-    if asked.bf16:
+    if args.bf16:
         switches["+ generator in bf16"] = lambda: ours.diffusion.to(torch.bfloat16)
     switches["+ channels last"] = lambda: unet.to(memory_format=torch.channels_last)
-    if asked.compile:
+    if args.compile:
         switches["+ torch.compile"] = lambda: (unet.compile(dynamic=False), ours.backbone.compile_blocks())
     expected: Tensor | None = None
     for name, switch in {"plain": nothing, **switches}.items():
@@ -186,7 +188,7 @@ def compare_steps(asked: argparse.Namespace, results: Results) -> None:
             switch()
         method = plain if name == "plain" else ours
         stored = name not in ("plain", "clipfix")
-        step = plain_step if name == "plain" else stepper(ours, pictures(ours, rows, stored), asked.autocast)
+        step = plain_step if name == "plain" else stepper(ours, pictures(ours, rows, stored), args.autocast)
         try:
             with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
                 step()
@@ -198,8 +200,8 @@ def compare_steps(asked: argparse.Namespace, results: Results) -> None:
             expected = found if expected is None else expected
             far = float((found - expected).norm() / expected.norm())
             method.zero_grad()
-            wall, peak = in_turn({"plain": plain_step, name: step}, asked.repeats, device)
-            if asked.profile:
+            wall, peak = in_turn({"plain": plain_step, name: step}, args.repeats, device)
+            if args.profile:
                 profile(name, step, device)
         except torch.cuda.OutOfMemoryError:
             wall = {}
@@ -222,20 +224,20 @@ def compare_steps(asked: argparse.Namespace, results: Results) -> None:
         )
 
 
-def compare_batches(asked: argparse.Namespace, results: Results) -> None:
-    """Stored latents and the generator in bf16, not compiled, on batches of several sizes, until memory ends."""
-    device = asked.device
-    ceiling = asked.ceiling * 1e12 if asked.ceiling else matrix_ceiling(device, precision_of(asked))
-    ours = build(DIVA, asked.model, generator(asked.generator, device), device)
-    if asked.bf16:
+def compare_batches(args: argparse.Namespace, results: Results) -> None:
+    """Time steps of several batch sizes until memory ends, with stored latents and the generator in bf16."""
+    device = args.device
+    ceiling = args.ceiling * 1e12 if args.ceiling else matrix_ceiling(device, precision_of(args))
+    ours = build(DIVA, args.model, generator(args.generator, device), device)
+    if args.bf16:
         ours.diffusion.to(torch.bfloat16)
-    for rows in asked.batches:
-        step = stepper(ours, pictures(ours, rows, stored=True), asked.autocast)
+    for rows in args.batches:
+        step = stepper(ours, pictures(ours, rows, stored=True), args.autocast)
         try:
             with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
                 step()
             step()
-            wall, peak = in_turn({"step": step}, asked.repeats, device)
+            wall, peak = in_turn({"step": step}, args.repeats, device)
         except torch.cuda.OutOfMemoryError:
             wall = {}
         if not wall:
@@ -254,13 +256,13 @@ def compare_batches(asked: argparse.Namespace, results: Results) -> None:
 # -- where the time and the memory go ----------------------------------------------------------------------------------
 
 
-def split(asked: argparse.Namespace) -> None:
-    """CPU or device seconds of each part for one batch; the last row is what a frozen U-Net saves."""
-    device, rows = asked.device, asked.batch
-    diffusion = generator(asked.generator, device)
-    if asked.bf16:
+def split(args: argparse.Namespace) -> None:
+    """Print the seconds of each part for one batch. The last row is the saving by a frozen U-Net."""
+    device, rows = args.device, args.batch
+    diffusion = generator(args.generator, device)
+    if args.bf16:
         diffusion.to(torch.bfloat16)
-    method = build(DIVA, asked.model, diffusion, device)
+    method = build(DIVA, args.model, diffusion, device)
     diffusion, side = method.diffusion, method.needs.image_size
     images = torch.rand(rows, 3, side, side, device=device)
     count = rows * method.timesteps.draws
@@ -287,12 +289,12 @@ def split(asked: argparse.Namespace) -> None:
         "U-Net, forward and backward to its condition": lambda: unet(backward=True),
         "the same with gradients of its weights": lambda: unet(backward=True, weights=True),
     }
-    table = Table(title=f"{asked.model} and {asked.generator}, {rows} images, {count} draws, {device}")
+    table = Table(title=f"{args.model} and {args.generator}, {rows} images, {count} draws, {device}")
     for column in ("", "s"):
         table.add_column(column, justify="right")
     for name, part in parts.items():
         seconds = []
-        for _ in range(1 + asked.repeats):
+        for _ in range(1 + args.repeats):
             clock = time.perf_counter if device == "cuda" else time.process_time
             start = clock()
             part()
@@ -304,7 +306,7 @@ def split(asked: argparse.Namespace) -> None:
 
 
 def peak_gb(kind: type[DIVA], model: str, shapes: str, rows: int, checkpointing: bool) -> float:
-    """What one step adds to the resident set of a process that holds the models."""
+    """Return the GB that one step adds to the resident set of a process with the models."""
     method = build(kind, model, generator(shapes, "cpu"), "cpu", checkpointing=checkpointing)
     step = stepper(method, pictures(method, rows, stored=False), autocast=False)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -312,10 +314,10 @@ def peak_gb(kind: type[DIVA], model: str, shapes: str, rows: int, checkpointing:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / GB
 
 
-def compare_memory(asked: argparse.Namespace) -> None:
-    # Else glibc keeps freed pieces for itself.
+def compare_memory(args: argparse.Namespace) -> None:
+    # Otherwise glibc keeps freed memory.
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    table = Table(title=f"Peak memory of a step, {asked.model} and {asked.generator}, {asked.batch} images")
+    table = Table(title=f"Peak memory of a step, {args.model} and {args.generator}, {args.batch} images")
     for column in ("", "GB"):
         table.add_column(column, justify="right")
     for name, kind, checkpointing in (
@@ -323,7 +325,7 @@ def compare_memory(asked: argparse.Namespace) -> None:
         ("clipfix", DIVA, False),
         ("both checkpointed", DIVA, True),
     ):
-        peak = alone(peak_gb, kind, asked.model, asked.generator, asked.batch, checkpointing)
+        peak = alone(peak_gb, kind, args.model, args.generator, args.batch, checkpointing)
         table.add_row(name, f"{peak:.2f}")
     Console().print(table)
 
@@ -336,21 +338,25 @@ if __name__ == "__main__":
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--batches", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--autocast", action="store_true", help="every row in bf16-mixed, as trainer.precision has it")
-    parser.add_argument("--bf16", action="store_true", help="a row more: the generator's weights in bf16")
-    parser.add_argument("--compile", action="store_true", help="a row more: torch.compile, minutes at the start")
+    parser.add_argument("--autocast", action="store_true", help="all rows with trainer.precision=bf16-mixed")
+    parser.add_argument("--bf16", action="store_true", help="add a row: weights of the generator in bf16")
+    parser.add_argument(
+        "--compile", action="store_true", help="add a row: torch.compile, which takes minutes at the start"
+    )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--ceiling", type=float, help="TFLOP/s of the device; without it, of one matrix product")
-    parser.add_argument("--profile", action="store_true", help="print which kernels each row's time goes to")
-    parser.add_argument("--json", help="where the rows are kept")
-    asked = parser.parse_args()
-    results = Results(f"DIVA, {asked.model} and {asked.generator}, {name_of(asked.device)}", asked.json)
-    for verb in asked.verbs:
+    parser.add_argument(
+        "--ceiling", type=float, help="TFLOP/s of the device; measured by a matrix product if not given"
+    )
+    parser.add_argument("--profile", action="store_true", help="print the kernels of each row by their time")
+    parser.add_argument("--json", help="file for the rows")
+    args = parser.parse_args()
+    results = Results(f"DIVA, {args.model} and {args.generator}, {name_of(args.device)}", args.json)
+    for verb in args.verbs:
         if verb in ("split", "memory"):
-            {"split": split, "memory": compare_memory}[verb](asked)
+            {"split": split, "memory": compare_memory}[verb](args)
             continue
-        {"step": compare_steps, "batches": compare_batches}[verb](asked, results)
-        if asked.device == "cuda":
+        {"step": compare_steps, "batches": compare_batches}[verb](args, results)
+        if args.device == "cuda":
             torch.cuda.empty_cache()
     if results.rows:
         results.show()

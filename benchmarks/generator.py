@@ -1,9 +1,9 @@
-"""What some minutes of a device buy for the tiny generator: the weights that ship, trained on by `method=denoise`.
+"""Continues the training of the tiny generator by `method=denoise` for some minutes on a device.
 
     python benchmarks/generator.py --seconds 75 --batch 256         # on a GPU
     python benchmarks/generator.py --small
 
-The error by timestep on the test split, with the right text, with none and with another picture's, before and after.
+Reports the error on the test split before and after, with the right text, no text and the text of another picture.
 """
 
 import argparse
@@ -26,22 +26,23 @@ SMALL = [
 ]  # fmt: skip
 
 
-def train_on(asked: argparse.Namespace) -> None:
-    results = Results(f"Tiny generator, trained on, {name_of(asked.device)}", asked.json)
+def continue_training(args: argparse.Namespace) -> None:
+    """Run the command and print its rates and errors."""
+    results = Results(f"Tiny generator, trained on, {name_of(args.device)}", args.json)
     cores = os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as folder:
         words = [
             "experiment=pretrain_tiny_diffusion", "diffusion=tiny", "method.fit_autoencoder=false", "logger=csv",
-            f"trainer.accelerator={'gpu' if asked.device == 'cuda' else 'cpu'}", "trainer.devices=1",
-            f"data.batch_size={asked.batch}", f"data.prepare.root={folder}/world", f"hydra.run.dir={folder}/run",
+            f"trainer.accelerator={'gpu' if args.device == 'cuda' else 'cpu'}", "trainer.devices=1",
+            f"data.batch_size={args.batch}", f"data.prepare.root={folder}/world", f"hydra.run.dir={folder}/run",
             f"data.prepare.processes={max(1, cores - 2)}", f"data.workers={max(1, min(12, cores - 2))}",
-            "method.compiled=false", f"method.steps={asked.steps}", f"method.optimizer.lr={asked.lr}", "seed=1",
+            "method.compiled=false", f"method.steps={args.steps}", f"method.optimizer.lr={args.lr}", "seed=1",
             "callbacks.samples=null",
-            f"trainer.val_check_interval={max(1, asked.steps // 4)}",
+            f"trainer.val_check_interval={max(1, args.steps // 4)}",
         ]  # fmt: skip
-        minutes, rest = divmod(asked.seconds, 60)
-        words += [f"+trainer.max_time=00:00:{minutes:02d}:{rest:02d}", f"data.prepare.train={asked.scenes}"]
-        words += SMALL if asked.small else []
+        minutes, rest = divmod(args.seconds, 60)
+        words += [f"+trainer.max_time=00:00:{minutes:02d}:{rest:02d}", f"data.prepare.train={args.scenes}"]
+        words += SMALL if args.small else []
         begun = time.perf_counter()
         ended = subprocess.run([sys.executable, "-m", "clipfix", *words], check=False)
         seconds = time.perf_counter() - begun
@@ -64,12 +65,12 @@ def train_on(asked: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=int, default=120, help="of training, at most")
-    parser.add_argument("--steps", type=int, default=4000, help="along which the rate falls to zero")
+    parser.add_argument("--seconds", type=int, default=120, help="time limit of training")
+    parser.add_argument("--steps", type=int, default=4000, help="optimizer steps until the learning rate is zero")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--scenes", type=int, default=32768)
     parser.add_argument("--lr", type=float, default=7e-4)
-    parser.add_argument("--small", action="store_true", help="two steps of a world of a few pictures")
+    parser.add_argument("--small", action="store_true", help="two steps on a world of a few pictures")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", help="where the rows are kept")
-    train_on(parser.parse_args())
+    parser.add_argument("--json", help="file for the rows")
+    continue_training(parser.parse_args())

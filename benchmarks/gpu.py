@@ -1,13 +1,13 @@
-"""All numbers of a GPU in one command, within eight minutes of it.
+"""All measurements on a GPU in one command, in at most eight minutes.
 
     python benchmarks/gpu.py                        # one GPU, bf16; results in outputs/gpu
-    python benchmarks/gpu.py --small                # tiny shapes on a CPU: does everything run? Three minutes
-    python benchmarks/gpu.py --parts diva losses    # some parts only
+    python benchmarks/gpu.py --small                # tiny shapes on a CPU in three minutes: checks that everything runs
+    python benchmarks/gpu.py --parts diva losses    # selected parts
 
-Each part is a command of its own with its own time limit, in order of worth: one that fails, or is cut off, leaves the
-rows of the others, and its own up to there. `results.json` is written after each part; the table comes last. It needs
-no network and no model hub. From a plain folder: `PYTHONPATH=src python benchmarks/gpu.py`; `wheels.py` fetches what a
-machine with torch alone still lacks.
+Each part is a separate command with its own time limit, the most important first. If a part fails or is stopped, its
+rows so far and those of the other parts are kept. `results.json` is written after each part, and the table is printed
+last. No network and no model hub are needed. Without an installation: `PYTHONPATH=src python benchmarks/gpu.py`;
+`wheels.py` downloads missing packages.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
-PUBLISHED = (  # to stand beside ours: images a second
+PUBLISHED = (  # images per second, for comparison with ours
     ("published: CLIP ViT-g/14, A100", 70), ("published: CLIP ViT-g/14, H100", 117),
     ("published: CLIP ViT-B/32, A100", 785), ("published: CLIP ViT-B/16, A100", 337),
     ("published: Stable Diffusion 2 U-Net, 512 px, stored latents, A100", 36),
@@ -31,7 +31,7 @@ PUBLISHED = (  # to stand beside ours: images a second
 
 
 class Part(NamedTuple):
-    """A command, the same with tiny shapes, and the seconds after which it is stopped."""
+    """A command, the same command with tiny shapes, and the time limit in seconds."""
 
     command: str
     small: str
@@ -74,7 +74,7 @@ PARTS = {
 
 
 def run(name: str, part: Part, folder: Path, small: bool, more: list[str]) -> dict[str, Any]:
-    """Run one part, its output in `<name>.log`; return its rows, how it ended and how long it took."""
+    """Run one part with its output in `<name>.log`; return its rows, how it ended, and its seconds."""
     command = (part.small if small else part.command).split()
     rows = folder / f"{name}.json"
     rows.unlink(missing_ok=True)
@@ -100,19 +100,19 @@ def run(name: str, part: Part, folder: Path, small: bool, more: list[str]) -> di
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     seconds = time.perf_counter() - begun
-    found = json.loads(rows.read_text()) if rows.exists() else {"title": name, "rows": []}
+    table = json.loads(rows.read_text()) if rows.exists() else {"title": name, "rows": []}
     lines = (folder / f"{name}.log").read_text().splitlines()
     tail = [line for line in lines if line.strip()][-1:] if name == "tests" else []
     if tail:
-        found["rows"] = [{"name": "pytest -m gpu", "note": tail[0]}]
+        table["rows"] = [{"name": "pytest -m gpu", "note": tail[0]}]
     print(f"{name}: {ended}, {seconds:.0f} s", flush=True)
     if ended != "done":
         print("\n".join(lines[-25:]), flush=True)
-    return {**found, "command": " ".join(["python", *command]), "ended": ended, "seconds": round(seconds, 1)}
+    return {**table, "command": " ".join(["python", *command]), "ended": ended, "seconds": round(seconds, 1)}
 
 
 def facts() -> dict[str, str]:
-    """Where the numbers come from. In a process of its own, which holds no memory of the GPU afterwards."""
+    """Return device, versions and commit. Read in a separate process, so that no GPU memory stays allocated."""
     code = (
         "import torch; gpu = torch.cuda.is_available();"
         "print(torch.cuda.get_device_name() if gpu else 'CPU', torch.__version__, torch.version.cuda, sep='|')"
@@ -125,13 +125,14 @@ def facts() -> dict[str, str]:
     return {"device": device, "torch": torch, "cuda": cuda, "python": platform.python_version(), "commit": commit}
 
 
-def main(asked: argparse.Namespace) -> None:
-    folder = Path(asked.output)
+def main(args: argparse.Namespace) -> None:
+    """Run the parts, write results.json, and print the tables."""
+    folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {**facts(), "small": asked.small, "parts": {}}
+    results: dict[str, Any] = {**facts(), "small": args.small, "parts": {}}
     begun = time.perf_counter()
-    for name in asked.parts:
-        results["parts"][name] = run(name, PARTS[name], folder, asked.small, ["--profile"] if asked.profile else [])
+    for name in args.parts:
+        results["parts"][name] = run(name, PARTS[name], folder, args.small, ["--profile"] if args.profile else [])
         results["seconds"] = round(time.perf_counter() - begun, 1)
         (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     from measure import table
@@ -140,19 +141,23 @@ def main(asked: argparse.Namespace) -> None:
     console = Console(width=150)
     for part in results["parts"].values():
         console.print(table(f"{part['title']} ({part['ended']}, {part['seconds']:.0f} s)", part["rows"]))
-    if not asked.small:
+    if not args.small:
         rows = [{"name": name, "images_per_second": rate} for name, rate in PUBLISHED]
         console.print(table("Published rates, as their authors give them", rows))
     about = ", ".join(f"{key} {results[key]}" for key in ("device", "torch", "cuda", "python", "commit"))
     console.print(f"{about}; {results['seconds']:.0f} s in all. {folder}/results.json", soft_wrap=True)
-    if asked.small and any(part["ended"] != "done" for part in results["parts"].values()):
+    if args.small and any(part["ended"] != "done" for part in results["parts"].values()):
         sys.exit(1)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="tiny shapes, on a CPU too; a part that fails is an error")
+    parser.add_argument(
+        "--small", action="store_true", help="tiny shapes, also on a CPU; a part that fails is an error"
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--profile", action="store_true", help="kernels of Long-CLIP's and DIVA's steps, in their logs")
-    parser.add_argument("--output", default="outputs/gpu", help="folder of results.json and the logs")
+    parser.add_argument(
+        "--profile", action="store_true", help="list the kernels of Long-CLIP's and DIVA's steps in their logs"
+    )
+    parser.add_argument("--output", default="outputs/gpu", help="folder for results.json and the logs")
     main(parser.parse_args())

@@ -1,10 +1,10 @@
-"""Two hosts of two ranks each against one host of four: the same losses, the same weights. Needs root and Linux's ip.
+"""Compares losses and weights of two hosts with two ranks each and one host with four. Needs root and Linux's ip.
 
     python benchmarks/hosts.py            # torchrun on both hosts
-    python benchmarks/hosts.py --kill     # the same, and a rank of the second host is killed on the way
+    python benchmarks/hosts.py --kill     # the same, and a rank of the second host is killed
 
-The hosts are network namespaces joined by a cable (veth): each has its own addresses and its own loopback, and gloo
-must find the other one. They share the disk, as hosts of a cluster must to resume.
+The hosts are network namespaces connected by a virtual cable (veth). Each has its own address and loopback, and gloo
+has to reach the other one. They share the disk, which hosts of a cluster need to resume.
 """
 
 import argparse
@@ -35,7 +35,7 @@ PORT = 29511
 
 @contextmanager
 def hosts() -> Iterator[None]:
-    """Two namespaces and the cable between them; gone again in the end."""
+    """Create two namespaces and the cable between them, and delete them after the block."""
 
     def ip(*words: str) -> None:
         subprocess.run(["ip", *words], check=True)
@@ -56,7 +56,11 @@ def hosts() -> Iterator[None]:
 
 
 def torchrun(folder: Path, nodes: int, ranks: int, *before: str, **options: str) -> subprocess.Popen[bytes]:
-    """A run of `ranks` processes on this one of the hosts, in an empty folder that the hosts share."""
+    """Start `ranks` processes of a run on one host, in an empty folder that the hosts share.
+
+    Args:
+        before: command that enters the namespace of the host.
+    """
     folder.mkdir(exist_ok=True)
     there = {"rdzv-endpoint": f"127.0.0.1:{PORT}"} | options
     words = [f"--{key}={value}" for key, value in {"nnodes": nodes, "nproc-per-node": ranks, **there}.items()]
@@ -70,14 +74,14 @@ def torchrun(folder: Path, nodes: int, ranks: int, *before: str, **options: str)
         *words,
     ]
     command += [*words, "-m", "clipfix", *RUN, f"data.prepare.root={folder.parent / 'scenes'}"]
-    # Else ranks that are started again look for the others where they were before: torch counts restarts a host.
+    # Otherwise restarted ranks look for the others at the earlier address: torch counts restarts for each host.
     alone = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     environment = os.environ | alone | ({"GLOO_SOCKET_IFNAME": "cable"} if before else {})
     return subprocess.Popen(command, cwd=folder, env=environment)
 
 
 def kill_a_rank(folder: Path) -> None:
-    """The last of the ranks, as soon as there is a checkpoint to go on from."""
+    """Kill the last rank as soon as there is a checkpoint to resume from."""
     while not list(folder.glob("outputs/*/*/checkpoints/last.ckpt")):
         time.sleep(0.2)
     for process in Path("/proc").glob("[0-9]*"):
@@ -85,7 +89,7 @@ def kill_a_rank(folder: Path) -> None:
             mine = (
                 b"RANK=3" in (process / "environ").read_bytes().split(b"\0") and (process / "cwd").resolve() == folder
             )
-        except OSError:  # gone meanwhile
+        except OSError:  # the process has ended
             continue
         if mine and b"clipfix" in (process / "cmdline").read_bytes():
             print(f"SIGKILL to rank 3, process {process.name}")
@@ -94,8 +98,8 @@ def kill_a_rank(folder: Path) -> None:
 
 
 def learned(folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """The loss of each step, and the weights after the last one."""
-    (run,) = folder.glob("outputs/*/*")  # one folder, whatever the clocks of the ranks say
+    """Return the loss of each step, and the weights after the last step."""
+    (run,) = folder.glob("outputs/*/*")  # one folder, although the clocks of ranks may differ
     with (run / "metrics.csv").open() as file:
         losses = {int(row["step"]): float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]}
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
@@ -104,11 +108,12 @@ def learned(folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
 
 
 def main() -> None:
+    """Run both and print the largest differences."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kill", action="store_true")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     if os.geteuid() or shutil.which("ip") is None:
-        sys.exit("benchmarks/hosts.py makes network namespaces: run it as root, with iproute2 installed.")
+        sys.exit("benchmarks/hosts.py creates network namespaces: run it as root, with iproute2 installed.")
     with tempfile.TemporaryDirectory() as name:
         here, there = Path(name, "one"), Path(name, "two")
         torchrun(here, 1, 4).wait()
@@ -117,17 +122,19 @@ def main() -> None:
                 torchrun(
                     there, 2, 2, "ip", "netns", "exec", host,
                     **{"rdzv-endpoint": f"{HOSTS['clipfix-a']}:{PORT}", "local-addr": address},
-                    **{"rdzv-conf": f"is_host={int(host == 'clipfix-a')}"},  # one name for both
+                    **{"rdzv-conf": f"is_host={int(host == 'clipfix-a')}"},  # one rendezvous for both
                 )
                 for host, address in HOSTS.items()
             ]  # fmt: skip
-            if asked.kill:
+            if args.kill:
                 kill_a_rank(there)
             for process in started:
                 process.wait()
-        (losses, weights), (expected, whole) = learned(there), learned(here)
+        (losses, weights), (expected, expected_weights) = learned(there), learned(here)
     apart = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
-    differ = max(float((weights[key].double() - whole[key].double()).abs().max()) for key in whole)
+    differ = max(
+        float((weights[key].double() - weight.double()).abs().max()) for key, weight in expected_weights.items()
+    )
     print(f"Losses of {STEPS} steps differ by {apart:.1e} at most, weights by {differ:.1e}.")
 
 

@@ -1,10 +1,11 @@
-"""Runs killed at random moments, taken up by resume=auto, and held against one that was left alone, bit for bit.
+"""Kills runs at random moments, resumes them by resume=auto, and compares the weights with an uninterrupted run.
 
     python benchmarks/kills.py --kills 20 --methods diva longclip fff finetune denoise
     python benchmarks/kills.py --kills 20 --methods finetune --ranks 2
 
-Each run is a process of its own on a small drawn world, or several ranks in one session, killed by SIGKILL after a time
-drawn evenly from all that the whole run takes, imports included, and started again until it ends; then the next begins.
+Each run is a process, or several ranks in one session, on a small drawn world. It is killed by SIGKILL after a time
+that is uniform over the duration of an uninterrupted run, imports included, and restarted until it ends. The weights
+must be bit-identical.
 """
 
 import argparse
@@ -31,7 +32,7 @@ MORE = {"diva": ["method.condition.steps=30", "callbacks.reconstructions=null"]}
 
 
 def start(method: str, folder: Path, *words: str) -> subprocess.Popen[bytes]:
-    """A run in a session of its own, so that all its ranks can be killed at once."""
+    """Start a run in a new session, so that all its ranks can be killed at once."""
     command = [sys.executable, "-m", "clipfix", f"method={method}", *RUN, *MORE.get(method, []), *words]
     command.append(f"data.prepare.root={folder.parent / 'scenes'}")
     folder.mkdir(exist_ok=True)
@@ -41,13 +42,15 @@ def start(method: str, folder: Path, *words: str) -> subprocess.Popen[bytes]:
 
 
 def finish(process: subprocess.Popen[bytes]) -> str:
-    told = process.communicate()[0].decode()
+    """Wait for a run and return its output; raise RuntimeError if it failed."""
+    output = process.communicate()[0].decode()
     if process.returncode:
-        raise RuntimeError(told)
-    return told
+        raise RuntimeError(output)
+    return output
 
 
 def trained(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the trained weights of a complete run."""
     (path,) = folder.glob("outputs/*/*/checkpoints/last.ckpt")
     saved = torch.load(path, weights_only=True)
     if saved["global_step"] != STEPS:
@@ -58,8 +61,8 @@ def trained(folder: Path) -> dict[str, torch.Tensor]:
 def stress(
     method: str, ranks: list[str], kills: int, folder: Path, draws: random.Random, bar: Progress
 ) -> tuple[int, int, int, int]:
-    """Kills, runs, kills after which a checkpoint was there, and runs that ended on other weights."""
-    finish(start(method, folder / "first", *ranks))  # draws the world
+    """Return the number of kills, runs, kills with a checkpoint to resume from, and runs with other weights."""
+    finish(start(method, folder / "first", *ranks))  # also draws the world
     started = time.perf_counter()
     finish(start(method, folder / "whole", *ranks))
     seconds = time.perf_counter() - started
@@ -71,7 +74,7 @@ def stress(
         while True:
             process = start(method, run, *ranks, "resume=auto")
             try:
-                told = process.communicate(timeout=draws.uniform(0, seconds) if killed < kills else None)[0].decode()
+                output = process.communicate(timeout=draws.uniform(0, seconds) if killed < kills else None)[0].decode()
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
@@ -80,30 +83,29 @@ def stress(
                 bar.advance(task)
                 continue
             if process.returncode:
-                raise RuntimeError(told)
+                raise RuntimeError(output)
             break
         runs += 1
-        found = trained(run)
-        differ += found.keys() != whole.keys() or any(not torch.equal(found[key], whole[key]) for key in whole)
+        weights = trained(run)
+        differ += weights.keys() != whole.keys() or any(not torch.equal(weights[key], whole[key]) for key in whole)
     return killed, runs, resumed, differ
 
 
 def main() -> None:
+    """Print a table with a row for each method."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20, help="of each method")
+    parser.add_argument("--kills", type=int, default=20, help="kills of each method")
     parser.add_argument("--methods", nargs="+", default=["diva", "longclip", "fff", "finetune", "denoise"])
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    print(
-        "| method | kills | of them with a checkpoint to go on from | runs | on other weights |\n|---|---|---|---|---|"
-    )
-    ranks = [f"trainer.devices={asked.ranks}", "trainer.strategy=ddp"] if asked.ranks > 1 else []
+    args = parser.parse_args()
+    print("| method | kills | with a checkpoint to resume from | runs | with other weights |\n|---|---|---|---|---|")
+    ranks = [f"trainer.devices={args.ranks}", "trainer.strategy=ddp"] if args.ranks > 1 else []
     with Progress() as bar:
-        for method in asked.methods:
+        for method in args.methods:
             with tempfile.TemporaryDirectory() as folder:
-                draws = random.Random(f"{asked.seed} {method}")
-                killed, runs, resumed, differ = stress(method, ranks, asked.kills, Path(folder), draws, bar)
+                draws = random.Random(f"{args.seed} {method}")
+                killed, runs, resumed, differ = stress(method, ranks, args.kills, Path(folder), draws, bar)
             bar.console.print(f"| {method} | {killed} | {resumed} | {runs} | {differ} |")
 
 

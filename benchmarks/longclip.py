@@ -1,12 +1,12 @@
-"""One Long-CLIP step against a plain one: texts padded to the context, a pass for each caption, an SVD.
+"""One Long-CLIP step, and a plain step: texts padded to the context, a pass for each caption, an SVD.
 
     python benchmarks/longclip.py step                      # ViT-B-32, batch 32, fp32: time, operations, agreement
     python benchmarks/longclip.py step chunks --model ViT-L-14 --batch 256 --bf16 --compile --components 32 \
         --chunk 256 --batches 2048 8192                     # on a GPU: a step, then the largest batch by chunks
     python benchmarks/longclip.py memory                    # peak memory against the batch, with and without chunks
 
-Numbers that were measured are in RESULTS.md. Captions have ShareGPT4V's lengths, in tokens: long 175 +- 40, cut at 248;
-short 25 +- 8. Token ids come with the batch, as the loader's workers make them.
+Measured numbers are in RESULTS.md. Captions have the lengths of ShareGPT4V in tokens: long ones 175 +- 40, truncated at
+248; short ones 25 +- 8. Token ids are part of the batch, as the loader's workers provide them.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from clipfix.models.clip import Backbone
 
 
 class PlainLongCLIP(LongCLIP):
-    """The same losses from open_clip's own forward, as a port of the paper would be written first."""
+    """The same losses by the forward of open_clip in the most direct form, as in a port of the paper."""
 
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         model = self.backbone.model
@@ -70,7 +70,7 @@ def build(kind: type[LongCLIP], model: str, device: str, compiled: bool = False,
 
 
 def captions(method: LongCLIP, rows: int, device: str) -> dict[str, Any]:
-    """A batch with its token ids; a caption of n tokens is n - 2 words of one token each."""
+    """Return a batch with token ids. A caption of n tokens has n - 2 words of one token each."""
     generator = torch.Generator().manual_seed(0)
 
     def texts(mean: float, deviation: float) -> list[str]:
@@ -89,7 +89,7 @@ def captions(method: LongCLIP, rows: int, device: str) -> dict[str, Any]:
 
 
 def stepper(method: LongCLIP, batch: dict[str, Any], bf16: bool) -> Callable[[], float]:
-    """Forward, backward and update; returns the loss."""
+    """Return a function that does forward, backward and update, and returns the loss."""
     optimizer = method.configure_optimizers()["optimizer"]
     device = batch["image"].device.type
 
@@ -107,7 +107,7 @@ def stepper(method: LongCLIP, batch: dict[str, Any], bf16: bool) -> Callable[[],
 
 @contextmanager
 def countable() -> Any:
-    """Attention in calls whose operations torch can count, and nothing compiled."""
+    """Use attention whose operations torch can count, and no compiled code, within the block."""
     one_call, packing.HAS_VARLEN = packing.HAS_VARLEN, False
     try:
         with torch.compiler.set_stance("force_eager"):
@@ -120,27 +120,27 @@ def gradient(method: LongCLIP) -> Tensor:
     return torch.cat([p.grad.flatten() for p in method.parameters() if p.grad is not None])
 
 
-def compare_steps(asked: argparse.Namespace, results: Results) -> None:
-    device, settings = asked.device, {"components": asked.components, "optimizer": {"lr": 0.0}}
-    ceiling = matrix_ceiling(device, torch.bfloat16 if asked.bf16 else torch.float32)
+def compare_steps(args: argparse.Namespace, results: Results) -> None:
+    device, settings = args.device, {"components": args.components, "optimizer": {"lr": 0.0}}
+    ceiling = matrix_ceiling(device, torch.bfloat16 if args.bf16 else torch.float32)
     kinds = {"plain": (PlainLongCLIP, False), "clipfix": (LongCLIP, False)}
-    if asked.compile:
+    if args.compile:
         kinds["clipfix, compiled"] = (LongCLIP, True)
     results.add("matrix ceiling", note=f"{ceiling / 1e12:.1f} TFLOP/s of one product", ceiling=ceiling)
-    # Weights stay where they are, as the rate is zero: every step does the same.
-    methods = {name: build(kind, asked.model, device, c, **settings) for name, (kind, c) in kinds.items()}
-    rows = asked.batch
+    # The learning rate is zero, so all steps are equal.
+    methods = {name: build(kind, args.model, device, c, **settings) for name, (kind, c) in kinds.items()}
+    rows = args.batch
     while True:
         batch = captions(methods["plain"], rows, device)
-        steps = {name: stepper(method, batch, asked.bf16) for name, method in methods.items()}
+        steps = {name: stepper(method, batch, args.bf16) for name, method in methods.items()}
         try:
             operations, losses, far = agreement(steps, methods)
             break
         except torch.cuda.OutOfMemoryError:
             results.add(f"batch {rows}", note="out of memory, so half of it")
             rows //= 2
-    wall, peak = in_turn(steps, asked.repeats, device)
-    if asked.profile:
+    wall, peak = in_turn(steps, args.repeats, device)
+    if args.profile:
         profile(name := list(steps)[-1], steps[name], device)
     for name, seconds in wall.items():
         second = median(seconds)
@@ -160,7 +160,7 @@ def compare_steps(asked: argparse.Namespace, results: Results) -> None:
 def agreement(
     steps: dict[str, Callable[[], float]], methods: dict[str, LongCLIP]
 ) -> tuple[dict[str, int], dict[str, float], dict[str, float]]:
-    """Operations, loss and how far the gradient is from plain's, of each; compiles what is to be compiled."""
+    """Return operations, loss and difference of the gradient from the plain step, for each; also compiles."""
     operations, losses, far = {}, {}, {}
     expected = None
     for name, step in steps.items():
@@ -178,16 +178,16 @@ def agreement(
 # -- large batches -----------------------------------------------------------------------------------------------------
 
 
-def large_batches(asked: argparse.Namespace, results: Results) -> None:
-    """A step on batches of growing size, `chunk` rows at a time, until memory ends."""
-    device = asked.device
-    settings = {"chunk": asked.chunk, "components": asked.components, "optimizer": {"lr": 0.0}}
-    method = build(LongCLIP, asked.model, device, asked.compile, **settings)
-    stepper(method, captions(method, 2 * asked.chunk, device), asked.bf16)()  # warms up, and compiles
-    for rows in asked.batches:
-        step = stepper(method, captions(method, rows, device), asked.bf16)
+def large_batches(args: argparse.Namespace, results: Results) -> None:
+    """Time a step on batches of growing size, in chunks of `chunk` rows, until memory ends."""
+    device = args.device
+    settings = {"chunk": args.chunk, "components": args.components, "optimizer": {"lr": 0.0}}
+    method = build(LongCLIP, args.model, device, args.compile, **settings)
+    stepper(method, captions(method, 2 * args.chunk, device), args.bf16)()  # warm-up and compilation
+    for rows in args.batches:
+        step = stepper(method, captions(method, rows, device), args.bf16)
         wall, peak = in_turn({"step": step}, 1, device)
-        name = f"clipfix{', compiled' if asked.compile else ''}, chunks of {asked.chunk}, batch {rows}"
+        name = f"clipfix{', compiled' if args.compile else ''}, chunks of {args.chunk}, batch {rows}"
         if not wall:
             results.add(name, note="out of memory")
             break
@@ -197,21 +197,21 @@ def large_batches(asked: argparse.Namespace, results: Results) -> None:
 
 
 def peak_gb(model: str, rows: int, chunk: int | None) -> float:
-    """What one step adds to the process's peak memory (resident set), batch included."""
+    """Return the GB that one step adds to the peak resident set, batch included."""
     method = build(LongCLIP, model, "cpu", chunk=chunk, start_scale=None)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     stepper(method, captions(method, rows, "cpu"), bf16=False)()
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / GB
 
 
-def compare_memory(asked: argparse.Namespace) -> None:
-    table = Table(title=f"Peak memory of a step, {asked.model}, GB")
-    for column in ("batch", "whole", f"in chunks of {asked.chunk}"):
+def compare_memory(args: argparse.Namespace) -> None:
+    table = Table(title=f"Peak memory of a step, {args.model}, GB")
+    for column in ("batch", "whole", f"in chunks of {args.chunk}"):
         table.add_column(column, justify="right")
-    # Else glibc keeps freed pieces for itself, and the resident set grows with the number of chunks.
+    # Otherwise glibc keeps freed memory, and the resident set grows with the number of chunks.
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    for rows in asked.batches:
-        peaks = [f"{alone(peak_gb, asked.model, rows, part):.2f}" for part in (None, asked.chunk)]
+    for rows in args.batches:
+        peaks = [f"{alone(peak_gb, args.model, rows, part):.2f}" for part in (None, args.chunk)]
         table.add_row(str(rows), *peaks)
     Console().print(table)
 
@@ -219,26 +219,28 @@ def compare_memory(asked: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verbs", nargs="+", choices=["step", "chunks", "memory"])
-    parser.add_argument("--model", help="an open_clip architecture, or tiny; ViT-B-32, for memory tiny")
+    parser.add_argument("--model", help="an open_clip architecture, or tiny; by default ViT-B-32, and tiny for memory")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--batches", type=int, nargs="+", default=[64, 128, 256, 512], help="of chunks and memory")
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=[64, 128, 256, 512], help="batch sizes of chunks and memory"
+    )
     parser.add_argument("--chunk", type=int, default=64)
     parser.add_argument("--components", type=int, default=16)
     parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--compile", action="store_true", help="a row more: blocks of both towers by torch.compile")
+    parser.add_argument("--compile", action="store_true", help="add a row: blocks of both towers by torch.compile")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--profile", action="store_true", help="print which kernels the last row's time goes to")
-    parser.add_argument("--json", help="where the rows are kept")
-    asked = parser.parse_args()
-    asked.model = asked.model or ("tiny" if "memory" in asked.verbs else "ViT-B-32")
-    if "memory" in asked.verbs:
-        compare_memory(asked)
+    parser.add_argument("--profile", action="store_true", help="print the kernels of the last row by their time")
+    parser.add_argument("--json", help="file for the rows")
+    args = parser.parse_args()
+    args.model = args.model or ("tiny" if "memory" in args.verbs else "ViT-B-32")
+    if "memory" in args.verbs:
+        compare_memory(args)
     else:
-        precision = "bf16" if asked.bf16 else "fp32"
-        results = Results(f"Long-CLIP, {asked.model}, {precision}, {name_of(asked.device)}", asked.json)
-        for verb in asked.verbs:
-            {"step": compare_steps, "chunks": large_batches}[verb](asked, results)
-            if asked.device == "cuda":
+        precision = "bf16" if args.bf16 else "fp32"
+        results = Results(f"Long-CLIP, {args.model}, {precision}, {name_of(args.device)}", args.json)
+        for verb in args.verbs:
+            {"step": compare_steps, "chunks": large_batches}[verb](args, results)
+            if args.device == "cuda":
                 torch.cuda.empty_cache()
         results.show()

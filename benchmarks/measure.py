@@ -1,4 +1,4 @@
-"""What the benchmarks share: a device's ceilings, steps timed in turn, results on disk after every row."""
+"""Tools of the benchmarks: ceilings of a device, timing of steps in turn, and results written after every row."""
 
 import json
 import multiprocessing
@@ -18,7 +18,7 @@ import clipfix.__main__  # noqa: F401  the resolvers that the configs use
 from clipfix import CONF
 
 GB = 2**30
-COLUMNS = {  # of a row, and how it is shown
+COLUMNS = {  # key of a row: heading and format
     "images_per_second": ("images/s", "{:.1f}"),
     "milliseconds": ("ms a step", "{:.1f}"),
     "speedup": ("plain / this", "{:.2f}"),
@@ -36,26 +36,28 @@ def method_config(name: str, *words: str) -> DictConfig:
 
 
 class Results:
-    """Rows of one benchmark, shown as a table at the end and written as JSON after each row.
+    """Rows of one benchmark, printed as a table at the end and written as JSON after each row.
 
-    Whatever stops a benchmark midway, out of memory or out of time, leaves the rows before it.
+    A benchmark that runs out of memory or time keeps the rows before.
     """
 
     def __init__(self, title: str, path: str | None = None) -> None:
         self.title, self.path, self.rows = title, path, list[dict[str, Any]]()
 
     def add(self, name: str, **values: Any) -> None:
+        """Add a row, print it, and write all rows."""
         self.rows.append({"name": name, **values})
         print(f"{self.title}: {self.rows[-1]}", flush=True)
         if self.path:
             Path(self.path).write_text(json.dumps({"title": self.title, "rows": self.rows}, indent=1) + "\n")
 
     def show(self) -> None:
+        """Print the table."""
         Console(width=160).print(table(self.title, self.rows))
 
 
 def table(title: str, rows: list[dict[str, Any]]) -> Table:
-    """The rows, with those columns that any of them has."""
+    """Return a table of the rows, with the columns that any of them has."""
     shown = [column for column in COLUMNS if any(row.get(column) is not None for row in rows)]
     made = Table(title=title, title_justify="left")
     made.add_column("")
@@ -68,16 +70,18 @@ def table(title: str, rows: list[dict[str, Any]]) -> Table:
 
 
 def wait(device: str) -> None:
+    """Wait until the device has finished its work."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def name_of(device: str) -> str:
+    """Return the name of the device."""
     return torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
 def matrix_ceiling(device: str, dtype: torch.dtype) -> float:
-    """Operations a second of one large matrix product of random numbers, the median of ten after three."""
+    """Return operations per second of one large matrix product, the median of ten runs after three."""
     side = 8192 if device == "cuda" else 1024
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     seconds = []
@@ -93,10 +97,11 @@ def matrix_ceiling(device: str, dtype: torch.dtype) -> float:
 def in_turn(
     steps: Mapping[str, Callable[[], object]], repeats: int, device: str
 ) -> tuple[dict[str, list[float]], dict[str, float | None]]:
-    """Seconds of each step, one after another so that a machine that drifts drifts for all; and its peak GB on a GPU.
+    """Time steps in turn, so that changes in the speed of the machine affect all of them.
 
-    The peak is of everything on the GPU, models that wait for their turn included. A step that runs out of memory has
-    no seconds.
+    Returns:
+        The seconds of each step, without steps that ran out of memory; and the peak of GPU memory in GB of each step,
+        which includes all models on the GPU.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     peak: dict[str, float | None] = dict.fromkeys(steps)
@@ -119,24 +124,24 @@ def in_turn(
             seconds[name].append(time.perf_counter() - start)
             if device == "cuda":
                 peak[name] = torch.cuda.max_memory_allocated() / GB
-    return {name: found for name, found in seconds.items() if found and name not in failed}, peak
+    return {name: times for name, times in seconds.items() if times and name not in failed}, peak
 
 
 def profile(name: str, step: Callable[[], object], device: str) -> None:
-    """Print which kernels a step's time goes to."""
+    """Print the kernels of a step by their time."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
     gpu = device == "cuda"
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
-    with record(activities=kinds) as found:
+    with record(activities=kinds) as recorded:
         step()
         wait(device)
     by = "self_cuda_time_total" if gpu else "self_cpu_time_total"
-    print(f"{name}\n{found.key_averages().table(sort_by=by, row_limit=30, max_name_column_width=90)}")
+    print(f"{name}\n{recorded.key_averages().table(sort_by=by, row_limit=30, max_name_column_width=90)}")
 
 
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:
-    """In a process of its own: a peak, once reached, hides all that come after it."""
+    """Call a function in a separate process, because a peak of memory hides all later, lower ones."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)

@@ -1,9 +1,9 @@
-"""Fetch what a machine that has torch, torchvision, Lightning, timm and transformers lacks to run `gpu.py`.
+"""Download the packages that `gpu.py` needs beside torch, torchvision, Lightning, timm and transformers.
 
     python benchmarks/wheels.py FOLDER              # for Python 3.12 on Linux, x86-64
     python -m pip install --no-index --no-deps --target SITE FOLDER/*.whl       # there; then PYTHONPATH=SITE:src
 
-Versions are those of constraints.txt. Together below 20 MB; the script says how much.
+Versions are those of constraints.txt. The script prints the size of each file; all together have less than 20 MB.
 """
 
 import argparse
@@ -19,7 +19,7 @@ WANTED = (
     "braceexpand", "pydantic", "pydantic-core", "annotated-types", "typing-inspection", "importlib-metadata",
     "beartype",  # tests/conftest.py
 )  # fmt: skip
-OPTIONAL = ("memeff", "siglip-kernel")  # compared with in fff.py and contrastive.py, where they are
+OPTIONAL = ("memeff", "siglip-kernel")  # fff.py and contrastive.py compare with them if they are installed
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
 
@@ -29,12 +29,12 @@ def main(folder: Path, python: str) -> None:
     wheels = ["--only-binary=:all:", "--python-version", python, "--implementation", "cp"]
     wheels += [word for platform in PLATFORMS for word in ("--platform", platform)]
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as environment:  # a pip of its own: environments made by uv have none
+    with tempfile.TemporaryDirectory() as environment:  # environments created by uv have no pip
         subprocess.run([sys.executable, "-m", "venv", environment], check=True)
         pip = [f"{environment}/bin/python", "-m", "pip", "--quiet", "--disable-pip-version-check"]
         for name in (*WANTED, *OPTIONAL):
             what = ["--no-deps", pins.get(name, name)]
-            if name == "antlr4-python3-runtime":  # published as source alone
+            if name == "antlr4-python3-runtime":  # published only as source
                 subprocess.run([*pip, "wheel", *what, "-w", str(folder)], check=True)
             else:
                 subprocess.run([*pip, "download", *what, *wheels, "-d", str(folder)], check=True)
@@ -48,5 +48,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--python", default="3.12")
-    asked = parser.parse_args()
-    main(asked.folder, asked.python)
+    args = parser.parse_args()
+    main(args.folder, args.python)

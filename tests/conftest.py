@@ -1,4 +1,4 @@
-"""Small real models for every test, shapes checked in signatures, and no word to W&B or a model hub."""
+"""Fixtures of small models and worlds. Shapes in signatures are checked, and W&B and the model hub are offline."""
 
 import json
 import os
@@ -16,7 +16,7 @@ CHECKED = (
 install_import_hook([f"clipfix.{name}" for name in CHECKED], "beartype.beartype")
 
 
-# `make test` deals whole files out to the workers in this order, the longest first, so that none is left for the end.
+# `make test` distributes files to the workers in this order, the longest first, so that all workers end together.
 LONGEST = (
     "test_fits.py", "test_fsdp.py", "test_scores.py", "test_ranks.py", "test_launch.py", "test_data.py",
     "test_resume.py", "test_export.py", "test_composition.py", "test_diffusion.py", "test_mistakes.py",
@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An open_clip folder of a ViT with 4 x 4 patches; load it with pretrained=random."""
+    """Return an open_clip folder of a ViT with 4 x 4 patches; load it with pretrained=random."""
     config = {
         "embed_dim": 16,
         "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2},
@@ -44,7 +44,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def generator_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A diffusers folder with random weights: 32 px pictures, 8 x 8 latents, a text of 8 tokens."""
+    """Return a diffusers folder with random weights: 32 px pictures, 8 x 8 latents, texts of 8 tokens."""
     from clipfix.models.diffusion import blank
 
     folder: Path = tmp_path_factory.mktemp("generator")
@@ -82,7 +82,7 @@ def generator_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def vocabulary() -> dict[str, int]:
-    """CLIP's, with the ends of a text named as in transformers."""
+    """Return CLIP's vocabulary, with the start and end tokens named as in transformers."""
     from open_clip.tokenizer import SimpleTokenizer
 
     words = SimpleTokenizer().encoder
@@ -92,7 +92,7 @@ def vocabulary() -> dict[str, int]:
 
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The word for a drawn world with every split, for the words of `front_door`."""
+    """Return the argument for a drawn world with every split, for the arguments of `front_door`."""
     from front_door import WORLD
     from worlds import drawn
 
@@ -101,7 +101,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The word for a drawn world that is hardly scored, for the words of `small_runs`."""
+    """Return the argument for a small drawn world with little to score, for the arguments of `small_runs`."""
     from small_runs import RUN
     from worlds import drawn
 
@@ -110,7 +110,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def clipfix(tmp_path, monkeypatch, capsys):
-    """Runs the command in an empty folder; returns the newest run folder and what was printed."""
+    """Return a function that runs the command in an empty folder and returns the newest run folder and the output."""
     from clipfix.__main__ import main
 
     monkeypatch.chdir(tmp_path)

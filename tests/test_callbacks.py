@@ -1,4 +1,4 @@
-"""Steps that are not finite: passed over whole, counted, and at last an end with the batch saved."""
+"""The progress bar; and steps that are not finite: skipped, counted, and at last a stop with the batch saved."""
 
 import os
 from pathlib import Path
@@ -6,11 +6,12 @@ from typing import Any
 
 import lightning as L
 import pytest
+import rich
 import torch
 from ports import free_port
 from torch.utils.data import DataLoader
 
-from clipfix.training.callbacks import Finite
+from clipfix.training.callbacks import Finite, Progress, metrics_text
 
 INF, NAN = float("inf"), float("nan")
 
@@ -100,3 +101,27 @@ def test_one_rank_that_sees_it_is_enough(tmp_path: Path) -> None:
         torch.testing.assert_close(weights[2], expected[1])
     assert counted == also == 1
     assert {path.name for path in tmp_path.glob("nonfinite-*.pt")} == {"nonfinite-0.pt", "nonfinite-1.pt"}
+
+
+@pytest.mark.parametrize("width", [50, 80])
+def test_the_bar_fits_on_one_line(width: int, capsys: pytest.CaptureFixture[str]) -> None:
+    rich.reconfigure(width=width)
+    progress = Progress()
+    metrics = {"train/loss": 0.693147, "val/loss": 0.712, "selection/pairs/mean": 45.1234, "selection/other": 1.0}
+    progress.bar.update(progress.task, total=100_000, completed=12_345, metrics=metrics_text(metrics))
+    rich.get_console().print(progress.bar.get_renderable())
+    rich.reconfigure()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert len(line) <= width
+    assert "12345/100000" in line
+    assert ("loss 0.693 val/loss 0.712" in line) == (width == 80)
+
+
+def test_the_bar_counts_the_batches_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, callbacks=[Progress()], enable_checkpointing=False, max_steps=3, max_epochs=-1,
+        accumulate_grad_batches=2, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    batches = [{"x": torch.ones(1)} for _ in range(10)]
+    trainer.fit(Line(), DataLoader(batches, batch_size=None), weights_only=True)
+    assert " 6/6 " in capsys.readouterr().out

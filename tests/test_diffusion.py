@@ -153,7 +153,7 @@ def test_gpu_without_bf16_is_refused(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
-    with pytest.raises(ValueError, match=r"Tesla V100 computes nothing in bf16: set diffusion\.dtype=fp32"):
+    with pytest.raises(ValueError, match=r"diffusion\.dtype is bf16, .* V100"):
         Diffusion(str(folder), dtype="bf16")
 
 
@@ -319,7 +319,7 @@ def test_saved_text_encoder_has_the_keys_of_every_release(generator_folder):
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "nobody/no-such-model", "{empty}"])
 def test_missing_model_names_the_key_that_takes_a_folder(path, tmp_path):
-    with pytest.raises(ValueError, match=r"diffusion\.path=/folder"):
+    with pytest.raises(ValueError, match=r"diffusion\.path"):
         Diffusion(path.format(empty=tmp_path))
 
 
@@ -332,24 +332,24 @@ EDITS = [  # a file of the folder, what is changed in it, and what the user is t
     (
         "scheduler/scheduler_config",
         {"prediction_type": "sample"},
-        "'sample': diffusion.path takes .* epsilon or v_pred",
+        r"diffusion\.path .* 'sample': .* epsilon or v_pred",
     ),
-    ("text_encoder/config", {"hidden_size": 16}, "attends to a width of 12, its text encoder gives 16: put the text"),
-    ("unet/config", {"cross_attention_dim": [12, 12]}, r"attends to a width of \[12, 12\], its text encoder gives 12"),
-    ("vae/config", {"latent_channels": 16}, "reads 4 channels and answers with 4, its autoencoder makes 16"),
+    ("text_encoder/config", {"hidden_size": 16}, r"diffusion\.path .* width 12, .* 16"),
+    ("unet/config", {"cross_attention_dim": [12, 12]}, r"width \[12, 12\], .* 12"),
+    ("vae/config", {"latent_channels": 16}, r"diffusion\.path .* 4 input and 4 output .* 16"),
     (
         "unet/config",
         {"in_channels": 9},
-        "reads 9 channels and answers with 4, .*: diffusion.path takes a text-to-image",
+        r"diffusion\.path .* 9 input and 4 output",
     ),
-    ("unet/config", {"out_channels": 8}, "reads 4 channels and answers with 8"),
+    ("unet/config", {"out_channels": 8}, "4 input and 8 output"),
     (
         "unet/config",
         {"addition_embed_type": "text_time"},
         "addition_embed_type is 'text_time'.*Stable Diffusion 1.x or",
     ),
     ("unet/config", {"class_embed_type": "projection"}, "class_embed_type is 'projection'.*Stable Diffusion 1.x or"),
-    ("unet/config", {"sample_size": [8, 16]}, r"has the sample_size \[8, 16\]: give one whole number"),
+    ("unet/config", {"sample_size": [8, 16]}, r"diffusion\.path .* sample_size .* \[8, 16\]"),
     ("vae/config", {"_class_name": "AutoencoderTiny"}, "has a AutoencoderTiny: .* with PatchPCA or AutoencoderKL"),
 ]
 
@@ -369,5 +369,5 @@ def test_parts_that_do_not_fit_are_refused_before_weights_are_read(file, change,
 def test_folder_without_a_part_is_refused_by_name(part, folder, tmp_path):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / part)
-    with pytest.raises(ValueError, match=rf"(?s){tmp_path / part}.*Give a folder in diffusers' layout"):
+    with pytest.raises(ValueError, match=rf"(?s){tmp_path / part}.*diffusion\.path"):
         Diffusion(str(tmp_path))

@@ -43,7 +43,7 @@ def says() -> tuple[str, int, int | str]:
 @pytest.mark.parametrize("kind", ["torchrun", "srun"])
 def test_ranks_agree(kind):
     told = multiprocessing.get_context("fork").Queue()
-    assert on_two_ranks(kind, says, told=told) == [0, 0]
+    assert on_two_ranks(kind, says, results=told) == [0, 0]
     assert sorted(told.get() for _ in range(2)) == [(rank, ("told by 0", 1, 2)) for rank in (0, 1)]
 
 
@@ -165,7 +165,7 @@ def test_each_worker_of_a_sweep_takes_another_gpu(tmp_path):
     [
         (["-m", "seed=0,1"], started("torchrun", 0, 0), "start a sweep (-m) once"),
         (["-m", "seed=0", "trainer.devices=2", "trainer.strategy=ddp"], {}, "set trainer.devices=1"),
-        (["trainer.num_nodes=2"], {}, "nobody starts"),
+        (["trainer.num_nodes=2"], {}, "trainer.num_nodes is 2"),
         ([*DDP, "trainer.devices=3"], started("torchrun", 0, 0, 1), "leave both out"),
         ([], {"SLURM_NTASKS": "2"}, "--ntasks-per-node=2"),
         (["trainer=gpu"], {}, "gpu"),

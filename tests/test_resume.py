@@ -1,10 +1,12 @@
 """Bad days: a run that is killed, stopped or out of space goes on to the very weights of one that was left alone."""
 
+import csv
 import multiprocessing
 import os
 import resource
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,8 +103,15 @@ def test_killed_while_it_saves(world, whole, tmp_path, monkeypatch, capsys):
     assert all(torch.equal(value, whole[key]) for key, value in weights(run).items())
 
 
+def validated(run: Path) -> list[int]:
+    """Return the steps after which a run was validated, before it was stopped and after it was resumed."""
+    rows = csv.DictReader((run / "metrics.csv").open())
+    return [int(row["step"]) + 1 for row in rows if row["val/loss"]]
+
+
 @pytest.mark.parametrize(
-    ("number", "accumulate", "batch", "step"), [(signal.SIGTERM, 1, 3, 3), (signal.SIGUSR1, 2, 5, 3)]
+    ("number", "accumulate", "batch", "step"),
+    [(signal.SIGTERM, 1, 3, 3), (signal.SIGTERM, 1, 4, 4), (signal.SIGUSR1, 2, 5, 3)],
 )
 def test_asked_to_end_it_saves_and_goes_on(
     number, accumulate, batch, step, world, whole, tmp_path, monkeypatch, capsys
@@ -124,6 +133,7 @@ def test_asked_to_end_it_saves_and_goes_on(
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == step
     command(*settings, "resume=auto")
+    assert validated(run) == [2 // accumulate * (n + 1) for n in range(STEPS * accumulate // 2)]  # each of them once
     assert f" {STEPS * accumulate}/{STEPS * accumulate} " in capsys.readouterr().out  # of the progress bar
     assert all(torch.equal(value, expected[key]) for key, value in weights(run).items())
 
@@ -153,9 +163,9 @@ def test_what_is_cut_off_is_named_and_passed_over(tmp_path, capsys):
     (folder / "last.ckpt").write_bytes(whole[: len(whole) // 2])
     capsys.readouterr()
     assert checkpoint_to_resume("auto", tmp_path) == str(folder / "best.ckpt")
-    assert f"{folder / 'last.ckpt'} is cut off" in capsys.readouterr().out
+    assert f"{folder / 'last.ckpt'} is damaged" in capsys.readouterr().out
     (folder / "best.ckpt").write_bytes(b"")
     assert checkpoint_to_resume("auto", tmp_path) is None
     assert checkpoint_to_resume(None, tmp_path) is None
-    with pytest.raises(ValueError, match="resume=7 is not there"):
+    with pytest.raises(ValueError, match="resume=7 does not exist"):
         checkpoint_to_resume(7, tmp_path)

@@ -214,7 +214,7 @@ def test_mistakes_are_told_before_anything_is_written(change: Any, message: str,
 def test_pictures_in_the_wrong_place_are_told(corpus: dict[str, Path]) -> None:
     for source in ("coco/train2017", "sam/images", "llava/llava_pretrain"):
         (corpus["images"] / source).rename(corpus["images"] / source.replace("/", "/moved-"))
-    with pytest.raises(ValueError, match=r"no record to train on has its picture: .*data\.prepare\.images"):
+    with pytest.raises(ValueError, match=r"no training record has its picture: .*data\.prepare\.images"):
         prepare(**corpus, **NUMBERS)
 
 
@@ -264,7 +264,7 @@ def test_the_command(corpus: dict[str, Path], tmp_path: Path, monkeypatch: pytes
     ("arguments", "words"),
     [
         (["data=shards"], "data=shards has nothing to prepare"),
-        (["data=sharegpt4v"], "no ShareGPT4V shards in data/sharegpt4v: make them with"),
+        (["data=sharegpt4v"], "no ShareGPT4V shards in data/sharegpt4v: .*data.prepare.records="),
         (["data=sharegpt4v", "data.prepare.records=nowhere.json"], "there is no nowhere.json"),
     ],
 )

@@ -50,7 +50,7 @@ def test_a_sample_without_the_text_asked_for_is_skipped_and_counted(pick: str, t
 def test_shards_without_a_usable_sample_stop_the_run_and_say_why(workers: int, tmp_path: Path) -> None:
     numbered(tmp_path, [3])
     data = shard_data(str(tmp_path), texts={"caption": {"key": "Long", "pick": "one"}}, workers=workers)
-    with pytest.raises(ValueError, match=r"no usable sample in a whole pass.*no text under 'Long' .*caption, long"):
+    with pytest.raises(ValueError, match=r"no usable sample in an entire pass.*no text under 'Long' .*caption, long"):
         next(iter(data.train_dataloader()))
 
 
@@ -72,7 +72,7 @@ def test_a_worker_without_a_usable_sample_of_the_selection_split_has_none(tmp_pa
 
 def test_a_wrong_key_of_large_data_is_told_before_a_whole_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     numbered(tmp_path, [50, 50])
-    monkeypatch.setattr("clipfix.data.stream.LOOK_AROUND", 4)
+    monkeypatch.setattr("clipfix.data.stream.CHECK_AFTER", 4)
     data = shard_data(str(tmp_path), texts={"caption": {"key": "Long", "pick": "one"}})
     with pytest.raises(ValueError, match=r"no usable sample in 4 in a row, and no shard of data.train .*'Long'"):
         next(iter(data.train_dataloader()))
@@ -88,7 +88,7 @@ def test_more_workers_than_samples_are_told_what_to_lower(tmp_path: Path, monkey
         if has_one:
             assert len(list(itertools.islice(samples, 5))) == 5
         else:
-            with pytest.raises(ValueError, match=r"for each of 3 workers to get one: lower data\.workers"):
+            with pytest.raises(ValueError, match=r"data\.train .*3 workers: lower data\.workers"):
                 next(samples)
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from shards import encoded, numbered, pack, picture
 from streams import BROKEN, shard_data
 
-from clipfix.data.stream import beginning
+from clipfix.data.stream import start_of_pass
 
 
 def with_broken_samples(folder: Path) -> str:
@@ -72,7 +72,7 @@ def test_another_number_of_workers_starts_the_next_pass(tmp_path: Path, caplog: 
     resumed = shard_data(str(tmp_path), workers=2)
     resumed.load_state_dict(data.state_dict())
     assert "start of pass 2" in caplog.text
-    assert resumed.progress == beginning(2, number=2)
+    assert resumed.progress == start_of_pass(2, number=2)
 
 
 class Recorder(L.LightningModule):

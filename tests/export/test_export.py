@@ -141,6 +141,6 @@ def test_mistakes_are_told_before_any_work(clipfix, monkeypatch, tmp_path):
         (["dtype=int8"], "choose from fp32, fp16, bf16"),
         (["to=[timm,llava]", "push_to=me/model"], "export.to has 2"),
         (["to=timm", "push_to=me/model"], "needs a login at the hub"),
-        (["output=/"], "nowhere.ckpt is not there"),
+        (["output=/"], "checkpoint=nowhere.ckpt does not exist"),
     ):
         assert told in refusal(clipfix, "run=export", "checkpoint=nowhere.ckpt", *words)

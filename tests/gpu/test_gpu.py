@@ -153,7 +153,7 @@ def test_fused_losses_equal_those_of_a_cpu() -> None:
         scale, bias = (torch.tensor(value, device=device, requires_grad=True) for value in (30.0, -8.0))
         mask = positive.to(device)
         mined = sigmoid_loss(a, b, scale, bias, lambda part, mask=mask: mask[:, part], tile=40)
-        chunked = contrastive_loss(a, b[:, 0], a, b[:, 0], scale, 0, 0.1, largest=96 * 20)
+        chunked = contrastive_loss(a, b[:, 0], a, b[:, 0], scale, 0, 0.1, max_similarities=96 * 20)
         (mined + chunked).backward()
         found.append([value.detach().cpu() for value in (mined, chunked, a.grad, b.grad, scale.grad, bias.grad)])
     for ours, expected in zip(found[1], found[0], strict=True):

@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from small import batch, build
 from torch.utils.data import DataLoader
 
-from clipfix.methods.denoise import Denoise, joined_texts
+from clipfix.methods.denoise import Denoise, join_captions
 from clipfix.models.diffusion import Diffusion
 from clipfix.results.pictures.denoise import Samples
 
@@ -61,7 +61,7 @@ def test_stored_latents_are_denoised_where_the_autoencoder_stays(clip_folder, ge
 
 def test_several_texts_of_a_picture_become_one():
     texts = ["a red fish", "a fish on the left", "a blue star", "a star at the top"]
-    assert joined_texts({"image": torch.zeros(2, 3, 4, 4), "caption": texts}) == [
+    assert join_captions({"image": torch.zeros(2, 3, 4, 4), "caption": texts}) == [
         "a red fish. a fish on the left",
         "a blue star. a star at the top",
     ]

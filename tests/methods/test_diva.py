@@ -27,7 +27,7 @@ from clipfix.functional.patches import AveragePatches, RandomPatches, ShareOfPat
 from clipfix.functional.views import random_crops
 from clipfix.methods.diva import DIVA
 from clipfix.parts.condition import CaptionSpace, VisualTokens
-from clipfix.parts.feedback import Contrastive, of_others
+from clipfix.parts.feedback import Contrastive, shifted_condition
 from clipfix.parts.timesteps import LogitNormal, Uniform
 from clipfix.parts.trainable import LastBlocks, LoRA
 from clipfix.results.pictures.diva import Watch
@@ -139,6 +139,22 @@ def test_every_token_rule_gives_a_condition(rule, clip_folder, generator_folder)
     assert {path.stem for path in (CONF / "patches").glob("*.yaml")} == RULES.keys()
 
 
+@pytest.mark.parametrize(
+    ("rule", "settings", "message"),
+    [
+        ("random", {"amount": 2}, r"method\.condition\.null_text is tokenwise"),
+        ("average", {"side": 9}, r"method\.condition\.patches\.side is 9"),
+    ],
+)
+def test_patches_that_do_not_fit_are_named_by_key_and_value(rule, settings, message, clip_folder, generator_folder):
+    condition = {"null_text": "tokenwise", "patches": settings}
+    method = build("diva", clip_folder, generator_folder, f"patches={rule}", condition=condition)
+    method.seed_draws(0)
+    tokens = method.backbone.visual_tokens(batch(2)["image"])
+    with pytest.raises(ValueError, match=message):
+        method.condition(*tokens)
+
+
 def test_random_patches_are_drawn_with_replacement():
     patches = torch.arange(4.0).view(1, 4, 1).expand(2, 4, 1)
     drawn = RandomPatches(60)(patches, cpu_draw)
@@ -165,7 +181,7 @@ def test_null_text_rules():
     tokens, null = torch.randn(2, 3, 4), torch.randn(3, 4)
     torch.testing.assert_close(condition_from_tokens(tokens, null, "tokenwise")[1, 2], tokens[1, 2] + null[2])
     torch.testing.assert_close(condition_from_tokens(tokens, null, "mean")[1, 2], tokens[1, 2] + null.mean(0))
-    with pytest.raises(ValueError, match=r"null_text=tokenwise .* 4 patches"):
+    with pytest.raises(ValueError, match=r"null_text is tokenwise.* 4 patches"):
         condition_from_tokens(tokens, torch.randn(5, 4), "tokenwise")
 
 
@@ -303,12 +319,12 @@ def test_timesteps_stay_in_their_range_and_two_ranks_draw_what_one_does(law, as_
 def test_shuffled_condition_is_another_images_across_ranks(rows, as_rank):
     ranks = Ranks(seed=0)
     joined = torch.arange(rows, dtype=torch.float).view(rows, 1, 1)
-    alone = of_others(joined, ranks)
+    alone = shifted_condition(joined, ranks)
     assert (alone != joined).all()
     assert sorted(alone.flatten().tolist()) == joined.flatten().tolist()
     for rank in range(rows):
         as_rank(rank, rows, joined)
-        assert torch.equal(of_others(joined[rank : rank + 1], ranks), alone[rank : rank + 1])
+        assert torch.equal(shifted_condition(joined[rank : rank + 1], ranks), alone[rank : rank + 1])
 
 
 def test_shuffled_loss_and_gradient_are_those_of_the_other_condition(make):

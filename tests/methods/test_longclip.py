@@ -9,7 +9,7 @@ from small import batch, build
 from clipfix.functional.components import principal_reconstruction
 from clipfix.functional.contrastive import contrastive_loss
 from clipfix.functional.positions import stretch
-from clipfix.methods.longclip import LongCLIP, prefix_padded
+from clipfix.methods.longclip import LongCLIP, pad_prefix
 from clipfix.models.clip import Backbone
 from clipfix.training.checkpoints import load_repair
 
@@ -112,9 +112,9 @@ def test_switches(make):
     alone = make(components_over="rank").loss(inputs)["short"]  # one rank holds the whole batch
     torch.testing.assert_close(alone, whole["short"])
     assert make(start_scale=None).backbone.logit_scale.exp().item() == pytest.approx(1 / 0.07)
-    for wrong in ({"components": 0}, {"chunk": 0}, {"keep_tokens": 16}):
-        with pytest.raises(Exception, match=r"method\.(components|chunk|keep_tokens)"):
-            make(**wrong)
+    for key, value in {"components": 0, "chunk": 0, "ratio": 0, "keep_tokens": 15}.items():
+        with pytest.raises(Exception, match=rf"method\.{key} is {value}"):
+            make(**{key: value})
 
 
 def test_share_of_cut_texts_is_noted(make):
@@ -128,9 +128,9 @@ def test_share_of_cut_texts_is_noted(make):
 
 def test_prefix_padding_moves_texts_within_the_context():
     tokens = torch.tensor([[90, 5, 6, 99, 0, 0, 0], [90, 5, 99, 0, 0, 0, 0], [90, 1, 2, 3, 4, 5, 99]])
-    moved = prefix_padded(tokens, torch.tensor([0.999, 0.5, 0.999]))
+    moved = pad_prefix(tokens, torch.tensor([0.999, 0.5, 0.999]))
     assert moved.tolist() == [[90, 0, 0, 0, 5, 6, 99], [90, 0, 0, 5, 99, 0, 0], [90, 1, 2, 3, 4, 5, 99]]
-    assert torch.equal(prefix_padded(tokens, torch.zeros(3)), tokens)
+    assert torch.equal(pad_prefix(tokens, torch.zeros(3)), tokens)
 
 
 def test_prefix_padding_trains_late_positions(make):

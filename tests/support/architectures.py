@@ -1,4 +1,4 @@
-"""Small CLIPs and SigLIPs as folders of open_clip and transformers, without weights or with random ones."""
+"""Folders of small CLIPs and SigLIPs for open_clip and transformers, without weights or with random ones."""
 
 import json
 from pathlib import Path
@@ -32,19 +32,20 @@ VARIANTS = {
 
 
 def architecture(folder: Path, config: dict, **preprocess: object) -> Path:
-    """An open_clip folder without weights."""
+    """Write an open_clip folder without weights, and return it."""
     folder.mkdir(exist_ok=True)
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
     return folder
 
 
 def untrained(folder: Path) -> nn.Module:
-    """open_clip's own model of a folder: the independent side of each comparison."""
+    """Return open_clip's own model of a folder, with which the backbone is compared."""
     torch.manual_seed(1)
     return open_clip.create_model(f"local-dir:{folder}", load_weights=False).eval()
 
 
 def same(backbone: Backbone, plain: nn.Module) -> bool:
+    """Return whether a backbone and a model of open_clip give the same features."""
     images, texts = torch.rand(2, 3, 32, 32), ["a red circle", "two dogs"]
     pixels = (images - backbone.mean) / backbone.std
     backbone.eval()
@@ -56,13 +57,14 @@ def same(backbone: Backbone, plain: nn.Module) -> bool:
 
 
 def transformers_clip(folder: Path, vocabulary: dict[str, int], length: int = 16, act: str = "gelu") -> CLIPModel:
+    """Write a small CLIP of transformers with random weights, and return it."""
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_act": act}
     text = {"hidden_size": 32, "intermediate_size": 128, "max_position_embeddings": length, "eos_token_id": 2}
     vision = {"hidden_size": 64, "intermediate_size": 240, "image_size": 32, "patch_size": 8}
     torch.manual_seed(2)
     model = CLIPModel(CLIPConfig(text_config=text | sizes, vision_config=vision | sizes, projection_dim=24)).eval()
     for name, weight in model.named_parameters():
-        if name.endswith("bias") or "norm" in name:  # zeros and ones would hide one taken for another
+        if name.endswith("bias") or "norm" in name:  # with zeros and ones, confused weights would not be noticed
             nn.init.normal_(weight, mean=0.5)
     model.save_pretrained(folder)
     CLIPImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.6, 0.7]).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Tiny captioners with random weights, written to disk in the format of the hub and of several kinds of `generate`."""
+"""Tiny captioners of several kinds with random weights, written to disk in the format of the hub."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ VISION = TOWER | {"image_size": SIDE, "patch_size": PATCH}
 
 
 def tokenizer(begin: str, end: str, opens: bool, closes: bool) -> PreTrainedTokenizerFast:
-    """Words to numbers; texts are opened or closed by a special token, as the model at hand has it."""
+    """Return a tokenizer of words that adds a start token if `opens`, and an end token if `closes`."""
     special = ["[PAD]", "[UNK]", begin, end, "<image>"]
     vocabulary = {word: number for number, word in enumerate([*special, *WORDS])}
     words = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
@@ -48,7 +48,7 @@ def tokenizer(begin: str, end: str, opens: bool, closes: bool) -> PreTrainedToke
 
 
 def captioner(kind: str, folder: Path) -> str:
-    """Writes one; its folder."""
+    """Write a captioner and return its folder."""
     torch.manual_seed(0)
     ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
     vocabulary = {"vocab_size": 5 + len(WORDS)} | ids
@@ -87,7 +87,7 @@ def captioner(kind: str, folder: Path) -> str:
             vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=template,
         )  # fmt: skip
     for parameter in model.parameters():
-        if parameter.ndim > 1:  # large enough that captions depend on the picture, and no two beams are equal
+        if parameter.ndim > 1:  # large enough that captions depend on the picture and beams differ
             torch.nn.init.normal_(parameter, std=1.0)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

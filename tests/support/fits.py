@@ -1,4 +1,4 @@
-"""A short fit of any method by a real Trainer."""
+"""Training of any method for a few steps by a real Trainer."""
 
 import lightning as L
 import torch
@@ -9,7 +9,7 @@ from clipfix.methods.base import Method
 
 
 def fit(method: Method, folder, steps: int, resume=None) -> L.Trainer:
-    """A real Trainer over a stream that yields batch n at step n, also after resuming."""
+    """Train on a stream that yields batch n at step n, also after resuming, and return the Trainer."""
 
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):

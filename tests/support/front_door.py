@@ -1,4 +1,4 @@
-"""Words of the real command for runs of two steps on small drawn worlds, and what it answers to wrong ones."""
+"""Arguments of the command for runs of two steps on small drawn worlds, and its messages for wrong arguments."""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ SIZES = {
     "pairs_selection": 2,
     "pairs_test": 2,
     "summaries_test": 3,
-    "train_junk": 0.08,  # one world for every method, whatever its recipe asks for
+    "train_junk": 0.08,  # the same world for every method, whatever its recipe sets
     "train_wrong": 0.05,
     "popular": 0,
     "processes": 1,
@@ -37,19 +37,20 @@ DIVA = [
     "method=diva",
     "method.condition.steps=1",
     "callbacks.watch.every_n_batches=1",
-]  # one step of each stage, all notes taken
-FEWER = [f"~eval.benchmarks.{name}" for name in ("pairs_local", "probes", "retrieval_long", "lengths")]  # dear to score
+]  # one step of each phase, with all notes logged
+FEWER = [f"~eval.benchmarks.{name}" for name in ("pairs_local", "probes", "retrieval_long", "lengths")]  # slow to score
 FEW = [*FEWER, "~eval.benchmarks.retrieval_short", "~eval.benchmarks.retrieval_long_alike"]  # two are left
 UNSTAGED = [
     "condition@method.condition=visual_tokens",
     "patches@method.condition.patches=none",
     "method.condition.null_text=mean",
     "method.condition.tokens=8",
-]  # its tower moves from the first step on
+]  # without a first phase, so the tower trains from the first step
 UNDRAWN = ["callbacks.reconstructions=null"]
 
 
 def refusal(clipfix, *arguments: str) -> str:
+    """Run the command, which must exit with a message, and return the message."""
     with pytest.raises(SystemExit) as exit_:
         clipfix(*arguments)
     assert isinstance(exit_.value.code, str)
@@ -58,5 +59,6 @@ def refusal(clipfix, *arguments: str) -> str:
 
 
 def python_m_clipfix(*arguments: str, **options) -> subprocess.CompletedProcess:
+    """Run the command in a new process and return the result."""
     command = [sys.executable, "-m", "clipfix", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)

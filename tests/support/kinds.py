@@ -1,4 +1,4 @@
-"""Small models of each kind that is exported, with weights of which none could be taken for another."""
+"""Small models of each kind that can be exported. All their weights differ, so that confused weights are noticed."""
 
 import json
 from pathlib import Path
@@ -47,14 +47,14 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @register_model
 def vit_mini_siglip(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """timm's SigLIP, in small."""
+    """Return a small SigLIP of timm."""
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 3.7362}
     kwargs = {**sizes, "class_token": False, "global_pool": "map", **kwargs}
     return _create_vision_transformer("vit_base_patch16_siglip_224", pretrained=pretrained, **kwargs)
 
 
 def word_tokenizer(folder: Path) -> None:
-    """A tokenizer of whole words with an end mark, as SigLIP's ends a text and fills up with the same."""
+    """Write a tokenizer of words that ends and pads texts with the same token, as SigLIP's does."""
     words = ["</s>", "<unk>", "a", "red", "circle", "two", "dogs", "blue", "square", "above", "them", "word", "its"]
     tokenizer = Tokenizer(WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
@@ -65,6 +65,7 @@ def word_tokenizer(folder: Path) -> None:
 
 
 def build(folder: Path, config: dict[str, Any], stretch: tuple[int, int] | None = None) -> Backbone:
+    """Return a backbone with random weights, and a stretched positional table if `stretch` is given."""
     architecture(folder, config, mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7])
     if "hf_tokenizer_name" in config["text_cfg"]:
         word_tokenizer(folder)
@@ -94,7 +95,7 @@ def picture() -> Image.Image:
 
 
 def image_features(backbone: Backbone, picture: Image.Image) -> torch.Tensor:
-    """What the scores are made of."""
+    """Return the features of a picture."""
     return backbone.encode_image(torch.tensor(np.array(picture)).permute(2, 0, 1)[None] / 255)
 
 
@@ -103,7 +104,8 @@ def text_features(backbone: Backbone, texts: list[str] = TEXTS) -> torch.Tensor:
 
 
 def equal(theirs: torch.Tensor, ours: torch.Tensor) -> None:
-    assert ours.std() > 0.01, "features that say nothing are always equal"
+    """Assert that features are equal, and not constant."""
+    assert ours.std() > 0.01, "constant features are always equal"
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
 
 
@@ -112,14 +114,15 @@ def content(path: Path) -> Any:
 
 
 def exported(backbone, target: str, folder: Path) -> Path:
+    """Export a backbone and return its folder."""
     write(TARGETS[target](backbone), folder / target, torch.float32)
     return folder / target
 
 
 def loaded(model_class, folder: Path, subfolder: str = "", extra: tuple[str, ...] = ()):
-    """By transformers, which only warns of weights that it does not find."""
-    model, told = model_class.from_pretrained(folder, subfolder=subfolder, output_loading_info=True)
-    assert not told["missing_keys"]
-    assert not told["mismatched_keys"]
-    assert not [key for key in told["unexpected_keys"] if not key.startswith(extra)]
+    """Return a model loaded by transformers. Missing weights, for which it only warns, are an error here."""
+    model, info = model_class.from_pretrained(folder, subfolder=subfolder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["mismatched_keys"]
+    assert not [key for key in info["unexpected_keys"] if not key.startswith(extra)]
     return model.eval()

@@ -1,7 +1,7 @@
-"""Published data sets in miniature, written as their authors lay them out; picture i is grey i.
+"""Small copies of published data sets, in the layout of their authors. Picture i has the grey value i.
 
-Each writer returns which pictures each text is true of. A text that must not be asked is in no answer, and a stand-in
-backbone refuses it.
+Each function writes a data set and returns the pictures that match each text. Texts that a benchmark must not use are
+not among them, and the backbone of the tests refuses them.
 """
 
 import csv
@@ -17,7 +17,7 @@ from PIL import Image
 from shards import encoded, pack
 
 Truth = dict[str, list[int]]
-# Folder -> its number among the 1000 classes.
+# Folder: index among the 1000 classes.
 WORDNET = {
     "n01440764": 0,
     "n01443537": 1,
@@ -29,12 +29,14 @@ WORDNET = {
 
 
 def grey(path: Path, number: int, size: int = 8) -> Path:
+    """Write a picture with a grey value."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (size, size), (number,) * 3).save(path, quality=95)
     return path
 
 
 def put(path: Path, content: Any) -> Path:
+    """Write a text, or other content as json."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     return path
@@ -86,19 +88,21 @@ def dci(root: Path) -> Truth:
         grey(folder / "photos" / f"sa_{i}.jpg", i)
     names = [f"{i}.json" for i in range(12)]
     put(folder / "splits.json", {"train": names[:6], "valid": names[6:9], "test": names[9:]})
-    return {f"short {i} extra {i}": [i] for i in range(12)}  # a line between; the stand-in's words know only blanks
+    return {
+        f"short {i} extra {i}": [i] for i in range(12)
+    }  # separated by a line end; the tokenizer of the tests splits at white space
 
 
 def captions_file(path: Path, names: list[str], captions: list[list[str]]) -> None:
-    """COCO's format, whose annotations come in any order."""
+    """Write captions in the format of COCO, whose annotations are in any order."""
     pairs = [(i, caption) for i, several in enumerate(captions) for caption in several]
     annotations = [{"id": n, "image_id": 100 + i, "caption": caption} for n, (i, caption) in enumerate(pairs)]
     images = [{"id": 100 + i, "file_name": name} for i, name in enumerate(names)]
-    put(path, {"images": images[::-1], "annotations": sorted(annotations, key=lambda found: found["id"] % 7)})
+    put(path, {"images": images[::-1], "annotations": sorted(annotations, key=lambda annotation: annotation["id"] % 7)})
 
 
 def coco(root: Path) -> Truth:
-    """val2017 asks with the first five of six captions; Karpathy's split with all, and picture 0 has one more."""
+    """Write val2017, which uses the first five captions, and Karpathy's split, which uses all. Picture 0 has six."""
     of_2017 = [[f"scene {i} told {n}" for n in range(5)] for i in range(12)]
     of_2014 = [[f"view {i} told {n}" for n in range(6 if i == 0 else 5)] for i in range(12)]
     names_2017 = [f"{i:012d}.jpg" for i in range(12)]
@@ -109,15 +113,15 @@ def coco(root: Path) -> Truth:
     captions_file(root / "coco" / "annotations" / "captions_val2017.json", names_2017, of_2017)
     captions_file(root / "coco" / "coco_test_karpathy.json", names_2014, of_2014)
     path = root / "coco" / "annotations" / "captions_val2017.json"
-    found = json.loads(path.read_text())
-    found["annotations"].append({"id": 999, "image_id": 100, "caption": "a sixth that nobody asks"})
-    path.write_text(json.dumps(found))
+    annotated = json.loads(path.read_text())
+    annotated["annotations"].append({"id": 999, "image_id": 100, "caption": "a sixth that is not used"})
+    path.write_text(json.dumps(annotated))
     truth = {caption: [i] for i, several in enumerate(of_2017) for caption in several}
     return truth | {caption: [12 + i] for i, several in enumerate(of_2014) for caption in several}
 
 
 def flickr30k(root: Path) -> Truth:
-    """The first 12 pictures are the test split; captions hold commas and a `.jpg`-less name."""
+    """Write 24 pictures, of which the first 12 are the test split. Captions contain commas."""
     folder, truth, token, split = root / "flickr30k", {}, [], ["image,caption"]
     for i in range(24):
         grey(folder / "flickr30k-images" / f"{1000 + i}.jpg", i)
@@ -131,12 +135,12 @@ def flickr30k(root: Path) -> Truth:
 
 
 def prompts(of: dict[str, list[int]], templates: Any) -> Truth:
-    """The prompts of each class, true of its pictures."""
+    """Return the prompts of each class with the pictures of the class."""
     return {template(name): numbers for name, numbers in of.items() for template in templates}
 
 
 def imagenet(root: Path) -> Truth:
-    """Two pictures a class; V2's folders are numbers, which sort as text in another order than as numbers."""
+    """Write two pictures of each class. Folders of V2 are numbers, which sort differently as texts."""
     for folder in ("imagenet/val", "imagenet-a", "imagenet-r", "sketch"):
         for i, wordnet in enumerate(WORDNET):
             for n in range(2):
@@ -150,7 +154,7 @@ def imagenet(root: Path) -> Truth:
 
 
 def objectnet(root: Path) -> Truth:
-    """The folders' order is not that of the labels, and one folder is of a thing that ImageNet does not have."""
+    """Write folders in another order than their labels; one folder shows a class that ImageNet does not have."""
     folders = {"zebra_crossing": "Crossing", "alarm_clock": "Alarm clock", "bed_sheet": "Bed sheet"}
     for i, folder in enumerate(sorted(folders)):
         for n in range(2):
@@ -204,7 +208,7 @@ def vtab(root: Path, name: str = "pets") -> Truth:
 
 
 def voc2007(root: Path) -> Truth:
-    """Picture i shows thing i // 2, and each second one the next thing as well."""
+    """Write pictures with several labels: picture i shows thing i // 2, and if i is odd, the next thing as well."""
     folder, things = root / "wds_voc2007_multilabel", [f"thing {i}" for i in range(6)]
     shown = [{i // 2, (i // 2 + i % 2) % 6} for i in range(12)]
     samples = {}
@@ -221,7 +225,7 @@ def voc2007(root: Path) -> Truth:
 
 
 def sugarcrepe(root: Path) -> Truth:
-    """Foils are true of no picture; numbers of the examples have gaps, and a picture is in several subsets."""
+    """Write examples whose foils match no picture, with gaps in their numbers and pictures in several subsets."""
     truth: Truth = {}
     for s, subset in enumerate(
         ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")

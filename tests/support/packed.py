@@ -23,7 +23,7 @@ LENGTHS = {
 
 
 def texts(lengths: list[int]) -> Tensor:
-    """Random words between start and end, zeros behind."""
+    """Return random words between start and end tokens, padded with zeros."""
     tokens = torch.zeros(len(lengths), CONTEXT, dtype=torch.long)
     for row, length in zip(tokens, lengths, strict=True):
         row[:length] = torch.randint(1, START, (length,))
@@ -32,7 +32,7 @@ def texts(lengths: list[int]) -> Tensor:
 
 
 def build(**changes: object) -> nn.Module:
-    """open_clip's model with no weight at a value that hides mistakes: norms at 1, biases and positions near 0."""
+    """Return open_clip's model with random weights. Initial ones and zeros in norms and biases would hide mistakes."""
     torch.manual_seed(0)
     model = open_clip.CustomTextCLIP(**{"embed_dim": 24, "vision_cfg": VISION, "text_cfg": TEXT} | changes)
     for parameter in model.text.parameters():
@@ -41,7 +41,7 @@ def build(**changes: object) -> nn.Module:
 
 
 def gradients(text: nn.Module, features: Tensor) -> dict[str, Tensor]:
-    """Of a loss in which every feature of every text has its own weight."""
+    """Return the gradients of a loss in which each feature of each text has a different factor."""
     weights = torch.linspace(-1, 1, features.numel()).view_as(features).cos()
     trained = {name: weight for name, weight in text.named_parameters() if weight.requires_grad}
     grads = torch.autograd.grad((features * weights).sum(), list(trained.values()))

@@ -1,4 +1,4 @@
-"""A model whose every embedding is written by the test, and shards to go with it."""
+"""A model whose embeddings are set by the test, and shards for it."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ PATCHES = 5
 
 
 class Planted(Model):
-    """Picture i is `images[i]`, a text is `texts[text]`; both pass an identity layer and dropout, as if it trained."""
+    """Embeds picture i as `images[i]` and a text as `texts[text]`, through an identity layer and dropout."""
 
     image_size = 8
     context_length = 248
@@ -34,7 +34,7 @@ class Planted(Model):
         return self._embed(self.images[(images[:, 0, 0, 0] * 255).round().long()])
 
     def visual_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Patch n of a picture is its vector rolled by n + 1, and as many times as long."""
+        """Return patches: patch n is the vector of the picture, rolled by n + 1 and multiplied by n + 1."""
         pooled = self.encode_image(images)
         return pooled, torch.stack([(n + 1) * pooled.roll(n + 1, dims=-1) for n in range(PATCHES)], dim=1)
 
@@ -42,7 +42,7 @@ class Planted(Model):
         return self._embed(self.vectors[tokens[:, 0]])
 
     def tokenize(self, texts: list[str], at_most: int | None = None) -> Tensor:
-        """One token a text, its number; a cut leaves the first words, which must be a text of their own."""
+        """Return one token for each text, its index. A truncated text must be one of the texts too."""
         cut = [" ".join(text.split()[: at_most and at_most - 2]) for text in texts]
         return torch.tensor([[self.words.index(text)] for text in cut])
 
@@ -60,7 +60,7 @@ class Planted(Model):
 
 
 def write_shard(path: Path, records: list[dict[str, Any]]) -> str:
-    """One sample per record, in the schema of data/README.md; picture i has the grey value i."""
+    """Write a sample for each record, in the schema of data/README.md. Picture i has the grey value i."""
     samples = {
         f"{i:06d}": {
             "png": encoded(Image.new("RGB", (8, 8), (i, i, i))),

@@ -1,20 +1,20 @@
-"""Ports for ranks to meet at: below those that the system hands to connections, so that none takes one first."""
+"""Free ports for rendezvous, below the range that the system assigns to connections."""
 
 import random
 import socket
 
 LOWEST, HIGHEST = 15_000, 32_000
-DRAWS = random.SystemRandom()  # two test processes may have seeded the usual one alike
+DRAWS = random.SystemRandom()  # other generators may have the same seed in two test processes
 
 
 def free_port(row: int = 1) -> int:
-    """The first of so many in a row at which nobody listens."""
+    """Return the first of `row` consecutive free ports."""
     while True:
         first = DRAWS.randrange(LOWEST, HIGHEST - row)
         try:
             for port in range(first, first + row):
-                with socket.socket() as tried:
-                    tried.bind(("127.0.0.1", port))
+                with socket.socket() as listener:
+                    listener.bind(("127.0.0.1", port))
         except OSError:
             continue
         return first

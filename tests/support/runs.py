@@ -1,4 +1,4 @@
-"""Result files as runs leave them, with answers that the test wrote."""
+"""Result files in the format of runs, with outcomes made by the test."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ SETTINGS = {
 
 
 def answers(right: float, seed: int) -> dict[str, Outcomes]:
-    """Of one scoring: about this share of all items right."""
+    """Return outcomes of one scoring in which about the fraction `right` of all items is right."""
     rng = np.random.default_rng(seed)
 
     def some(names: list[str], places: int) -> Outcome:
@@ -53,10 +53,10 @@ def percentages(found: dict[str, Outcomes]) -> dict[str, float]:
 
 
 def run(folder: Path, before: float = 0.5, after: float = 0.6, seed: int = 0, **facts: Any) -> Path:
-    """A run folder of `fit`; facts as keywords, None leaves one out."""
+    """Write a run folder of `fit`, and return its results.json. A fact of None is left out."""
     first, last = answers(before, 999), answers(after, 1000 + seed)
     folder.mkdir(parents=True)
-    told = {
+    content = {
         "method": "diva",
         "backbone": "tiny",
         "control": None,
@@ -70,7 +70,7 @@ def run(folder: Path, before: float = 0.5, after: float = 0.6, seed: int = 0, **
         "seconds": 61.4,
     } | facts
     scores = {"before": percentages(first), "after": percentages(last)}
-    kept = {key: value for key, value in told.items() if value is not None}
-    (folder / "results.json").write_text(json.dumps(kept | {"scores": scores}))
+    content = {key: value for key, value in content.items() if value is not None}
+    (folder / "results.json").write_text(json.dumps(content | {"scores": scores}))
     outcomes.save(folder, ["before", "after"], {name: [first[name], last[name]] for name in first})
     return folder / "results.json"

@@ -1,4 +1,4 @@
-"""Small real shards for tests: numbered pictures whose pixels tell their key, and photographs as img2dataset packs."""
+"""Small shards for tests: numbered pictures whose colour is their number, and photographs as img2dataset packs them."""
 
 import io
 import json
@@ -11,7 +11,7 @@ from PIL import Image
 
 
 def encoded(image: np.ndarray | Image.Image, suffix: str = "png") -> bytes:
-    """The bytes of an image file."""
+    """Return the bytes of an image file."""
     buffer = io.BytesIO()
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     image.save(buffer, {"jpg": "JPEG"}.get(suffix, suffix.upper()), quality=95)
@@ -19,12 +19,12 @@ def encoded(image: np.ndarray | Image.Image, suffix: str = "png") -> bytes:
 
 
 def picture(number: int, height: int = 16, width: int = 16) -> np.ndarray:
-    """A plain picture in a colour of its own."""
+    """Return a picture of one colour, which depends on its number."""
     return np.full((height, width, 3), (number % 256, number // 256, 128), np.uint8)
 
 
 def pack(path: Path, samples: dict[str, dict[str, Any]]) -> Path:
-    """Writes one shard: {key: {suffix: bytes, str or json object}}."""
+    """Write one shard from {key: {suffix: bytes, str or json object}}."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for key, members in samples.items():
@@ -38,7 +38,7 @@ def pack(path: Path, samples: dict[str, dict[str, Any]]) -> Path:
 
 
 def numbered(folder: Path, counts: list[int]) -> list[str]:
-    """Shards of so many samples each, numbered through; returns all keys in stored order."""
+    """Write shards with these numbers of samples, and return all keys in stored order."""
     keys = [f"{number:05d}" for number in range(sum(counts))]
     rest = iter(keys)
     for shard, count in enumerate(counts):
@@ -56,7 +56,7 @@ def numbered(folder: Path, counts: list[int]) -> list[str]:
 
 
 def photographs(folder: Path, suffix: str = "jpg") -> list[str]:
-    """Photographs that come with scikit-image and scikit-learn, as img2dataset leaves a folder; returns their keys."""
+    """Write the photographs of scikit-image and scikit-learn in the layout of img2dataset, and return their keys."""
     from skimage import data
     from sklearn.datasets import load_sample_images
 

@@ -1,4 +1,4 @@
-"""Any method of conf/method/ on small models, and a batch for it: what the contract and two-rank tests share."""
+"""Any method of conf/method/ on small models, and a batch for it."""
 
 from functools import cache
 from pathlib import Path
@@ -16,8 +16,10 @@ from clipfix.models.clip import Backbone
 
 CONF = Path(__file__).parents[2] / "conf"
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
-SMALL: dict[str, dict[str, object]] = {  # settings that suit the small models
-    "diva": {"condition": {"patches": {"amount": 7}}},  # with the class token the eight tokens of the small generator
+SMALL: dict[str, dict[str, object]] = {  # settings for the small models
+    "diva": {
+        "condition": {"patches": {"amount": 7}}
+    },  # eight tokens with the class token, as the small generator requires
     "longclip": {"keep_tokens": 6, "ratio": 3, "components": 3},  # of 16 positions, in small batches
 }
 WORDS = ["red", "blue", "fish", "house", "star", "heart", "left", "right", "open", "two", "three", "above"]
@@ -25,7 +27,7 @@ WORDS = ["red", "blue", "fish", "house", "star", "heart", "left", "right", "open
 
 @cache
 def composed(name: str, groups: tuple[str, ...]) -> DictConfig:
-    """The method's node as a run with a pretrained backbone composes it: no recipe of the drawn world."""
+    """Return the config of a method as composed with a pretrained backbone, without recipes of the drawn world."""
     GlobalHydra.instance().clear()
     parts = [f"{group.partition('=')[0]}@method.{group}" for group in groups]
     words = [
@@ -45,9 +47,11 @@ def composed(name: str, groups: tuple[str, ...]) -> DictConfig:
 
 
 def build(name: str, clip_folder: str, generator_folder: str, *groups: str, **overrides: Any) -> Method:
-    """The method as its yaml configures it, on random small models, a few steps long.
+    """Return the method of a yaml file, on small models with random weights, with four steps.
 
-    `groups` choose parts, as in `feedback=contrastive`; `overrides` are keys of the method, merged into it.
+    Args:
+        groups: choices of config groups, as in `feedback=contrastive`.
+        overrides: keys of the method, merged into its config.
     """
     diffusion = {"_target_": "clipfix.models.diffusion.Diffusion", "path": generator_folder, "dtype": "fp32"}
     reference = {"_target_": "clipfix.models.clip.Backbone", "name": clip_folder, "pretrained": "random"}
@@ -64,13 +68,16 @@ def build(name: str, clip_folder: str, generator_folder: str, *groups: str, **ov
     torch.manual_seed(0)
     method = instantiate(config.method, backbone=Backbone(clip_folder, pretrained="random"))
     for clip in method.modules():
-        if isinstance(clip, Backbone):  # words of a random one start at nothing, so all would say the same
+        if isinstance(
+            clip, Backbone
+        ):  # random token embeddings are tiny at first, so all texts would have the same features
             words = torch.Generator().manual_seed(1)
             torch.nn.init.normal_(clip.text.get_parameter("token_embedding.weight"), std=0.5, generator=words)
     return method
 
 
 def batch(rows: int, seed: int = 0) -> dict:
+    """Return a random batch with all texts that methods read."""
     generator = torch.Generator().manual_seed(seed)
     short, long = (
         [" ".join(WORDS[int(i)] for i in torch.randint(len(WORDS), (words,), generator=generator)) for _ in range(rows)]

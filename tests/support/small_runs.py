@@ -1,4 +1,4 @@
-"""A run of a few seconds by the real command, and a signal that it gets at a chosen moment."""
+"""A run of a few seconds by the command, and a signal sent to it at a chosen moment."""
 
 import os
 import sys
@@ -20,7 +20,7 @@ RUN = [
 
 
 class Signal(L.Callback):
-    """Sends its own process a signal at a moment: a hook, and the batch it belongs to."""
+    """Sends a signal to its own process in the n-th call of a hook, where n is `batch`."""
 
     def __init__(self, number: int, hook: str, batch: int) -> None:
         self.number, self.batch, self.batches = number, batch, 0

@@ -1,4 +1,4 @@
-"""Streams of small shards for tests, and samples with which none can do anything."""
+"""Streams of small shards for tests, and unusable samples."""
 
 import io
 import itertools
@@ -14,7 +14,7 @@ from shards import encoded, picture
 from clipfix.data.module import ShardData
 from clipfix.data.needs import Needs
 from clipfix.data.shards import expand
-from clipfix.data.stream import Decoder, ShardStream, beginning
+from clipfix.data.stream import Decoder, ShardStream, start_of_pass
 from clipfix.data.texts import Text
 
 CAPTION = {"caption": {"key": "txt", "pick": "one"}}
@@ -30,13 +30,13 @@ def shard_data(train: Any, **overrides: Any) -> ShardData:
 
 def stream(folder: Path, shuffle: int = 8, seed: int = 0, endless: bool = True, **place: int) -> ShardStream:
     texts = {name: Text(**text) for name, text in CAPTION.items()}
-    progress = beginning(workers=place.pop("workers", 1)) if endless else None
+    progress = start_of_pass(workers=place.pop("workers", 1)) if endless else None
     place = {"rank": 0, "world": 1, **place}
     return ShardStream(expand(str(folder)), Decoder(texts, 16, seed), shuffle=shuffle, progress=progress, **place)
 
 
 def passes(source: ShardStream, count: int) -> list[list[str]]:
-    """Keys of the first `count` passes of an endless stream."""
+    """Return the keys of each of the first `count` passes of an endless stream."""
     taken = itertools.takewhile(lambda sample: sample["position"][1] < count, source)
     keys: list[list[str]] = [[] for _ in range(count)]
     for sample in taken:
@@ -45,13 +45,13 @@ def passes(source: ShardStream, count: int) -> list[list[str]]:
 
 
 def png_header(side: int) -> bytes:
-    """The beginning of a PNG that says to be so large."""
+    """Return the beginning of a PNG file whose header gives this side length."""
     header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
 
 
 def compressed_bomb(side: int = 20_000) -> bytes:
-    """Black and whole: 50 MB of bits in 49 kB of file, which would be 1.2 GB as RGB."""
+    """Return a complete black PNG: a file of 49 kB with 50 MB of bits, which would be 1.2 GB as RGB."""
     Image.new("1", (side, side)).save(buffer := io.BytesIO(), "PNG")
     return buffer.getvalue()
 

@@ -1,4 +1,4 @@
-"""Two ranks of one run, as torchrun and srun start them, forked so that neither imports anything anew."""
+"""Two ranks of one run, as torchrun and srun start them. They are forked, which saves imports."""
 
 import multiprocessing
 import os
@@ -12,7 +12,7 @@ SLURM = {"SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0",
 
 
 def started(kind: str, rank: int, port: int, ranks: int = 2) -> dict[str, str]:
-    """What a rank finds in its environment; srun's own MASTER_PORT follows from the job's number."""
+    """Return the environment variables of a rank. srun derives MASTER_PORT from the number of the job."""
     if kind == "srun":
         mine = {"SLURM_NTASKS": str(ranks), "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
         return SLURM | mine | {"SLURM_JOB_ID": str(port), "MASTER_PORT": str(port), "SLURM_NODELIST": "127.0.0.1"}
@@ -20,19 +20,25 @@ def started(kind: str, rank: int, port: int, ranks: int = 2) -> dict[str, str]:
     return world | {"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
-def as_rank(environment: dict[str, str], function, told, *arguments) -> None:
+def as_rank(environment: dict[str, str], function, results, *arguments) -> None:
+    """Call a function as a rank, and put (rank, result) into a queue."""
     os.environ.update(environment)
     torch.set_num_threads(1)
     result = function(*arguments)
-    if told is not None:
-        told.put((ranks.environment().global_rank(), result))
+    if results is not None:
+        results.put((ranks.environment().global_rank(), result))
 
 
-def on_two_ranks(kind: str, function, *arguments, told=None) -> list[int]:
-    """The exit codes of two processes that begin where this one stands; what they return goes into a queue."""
+def on_two_ranks(kind: str, function, *arguments, results=None) -> list[int]:
+    """Call a function on two forked ranks, and return their exit codes.
+
+    Args:
+        results: queue for what the function returns.
+    """
     context, port = multiprocessing.get_context("fork"), free_port()
     processes = [
-        context.Process(target=as_rank, args=(started(kind, rank, port), function, told, *arguments)) for rank in (0, 1)
+        context.Process(target=as_rank, args=(started(kind, rank, port), function, results, *arguments))
+        for rank in (0, 1)
     ]
     for process in processes:
         process.start()

@@ -1,4 +1,4 @@
-"""What an offline W&B run wrote to disk, read back: `wandb sync` would send these very records."""
+"""Reads the records that an offline W&B run wrote to disk, which `wandb sync` would send."""
 
 import json
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 @dataclass
 class Stored:
-    """A run as its `.wandb` file has it: `config` and `summary` by key, `history` a dict a logged row."""
+    """The content of a `.wandb` file: `config` and `summary` by key, and a dict for each logged row in `history`."""
 
     group: str
     config: dict[str, Any]
@@ -26,26 +26,26 @@ class Stored:
     files: Path
 
     def scalars(self, name: str) -> dict[int, float]:
-        """Its value by optimizer step; the last one where a step has several."""
+        """Return the values of a metric by optimizer step; the last one if a step has several."""
         return {row["trainer/global_step"]: row[name] for row in self.history if name in row}
 
     def media(self, name: str) -> list[Path]:
-        """The files behind a picture or a table, those of its last row."""
+        """Return the files of a picture or a table in its last row."""
         last = [row[name] for row in self.history if name in row][-1]
         return [self.files / path for path in last.get("filenames") or [last["path"]]]
 
     def names(self) -> set[str]:
-        """Of all that was logged, but for what Lightning and W&B count by."""
+        """Return the names of all logged values, without the counters of Lightning and W&B."""
         counted = {"epoch", "trainer/global_step"}
         return {name for row in self.history for name in row if name[0] != "_" and name not in counted}
 
     def at(self, key: str) -> Any:
-        """The value of a nested key of the config, as in `method.optimizer.lr`."""
+        """Return the value of a nested key of the config, as in `method.optimizer.lr`."""
         return reduce(getitem, key.split("."), self.config)
 
 
 def stored(folder: Path) -> Stored:
-    """The only W&B run in a run folder."""
+    """Return the only W&B run in a run folder."""
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
     run = Stored("", {}, [], {}, path.parent / "files")
     for record in records(path.read_bytes()):
@@ -63,25 +63,28 @@ def stored(folder: Path) -> Stored:
 
 
 def values(items: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    """Return items of a record as nested dicts."""
+    nested: dict[str, Any] = {}
     for item in items:
         *path, last = item.nested_key or [item.key]
-        inner = found
+        inner = nested
         for key in path:
             inner = inner.setdefault(key, {})
         inner[last] = json.loads(item.value_json)
-    return found
+    return nested
 
 
 def records(data: bytes) -> Iterator[Record]:
-    """The file is LevelDB's log: blocks of chunks with a header of 7 bytes (checksum, length, place in its record).
+    """Yield the records of a file in the log format of LevelDB.
+
+    It has blocks of chunks with a header of 7 bytes (checksum, length, position in the record).
 
     Source: https://github.com/google/leveldb/blob/main/doc/log_format.md; wandb puts 7 bytes of its own in front.
     """
     assert data.startswith(HEADER)
     at, parts = len(HEADER), b""
     while at + 7 <= len(data):
-        if BLOCK - at % BLOCK < 7:  # a header never crosses a block: its rest is empty
+        if BLOCK - at % BLOCK < 7:  # a header never crosses a block; the rest of the block is empty
             at += BLOCK - at % BLOCK
             continue
         length, place = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]

@@ -10,9 +10,9 @@ from clipfix.__main__ import main
 
 
 def drawn(factory: pytest.TempPathFactory, name: str, *words: str) -> str:
-    """Draw the world unless another worker did; return the word that makes a run read it."""
+    """Draw the world unless another worker did; return the argument with which a run reads it."""
     folder = factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a folder of its own in the one of all
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the base folder of a worker lies in the common one
         folder = folder.parent
     root = f"data.prepare.root={folder / name}"
     with (folder / f"{name}.lock").open("w") as lock, pytest.MonkeyPatch.context() as patch:

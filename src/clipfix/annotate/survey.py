@@ -150,7 +150,7 @@ def judge(
     mined = mine(frozen, frozen, choice, first_row=0)
     samples, captions = frozen.text.shape[:2]
     reasons = {name: getattr(mined, name) for name in CONDITIONS}
-    reasons["together"] = mined.any() & ~mined.own
+    reasons["together"] = mined.any() & ~mined.same_sample
     each = (among - 1) / (samples * (samples - 1) * captions)
     promoted = {name: float(mask.sum()) * each for name, mask in reasons.items()}
     return {"cosines": choice._asdict(), "alone": alone, "promoted": promoted}

@@ -70,6 +70,8 @@ def callbacks_of(run: Run, scorer: Any) -> dict[str, Any]:
     callbacks["before_after"] = scorer
     if cfg.wise is not None:
         callbacks["wise"] = WiSE(cfg.wise)
+    if "stopped" in callbacks:  # it saves what the other callbacks hold, so it is called last
+        callbacks["stopped"] = callbacks.pop("stopped")
     return callbacks
 
 

@@ -1,1 +1,1 @@
-"""Shards to batches, and what they come from: published sets, corpora, the drawn world."""
+"""Batches from WebDataset shards, and the sources of shards: published data sets, corpora, the drawn world."""

@@ -1,4 +1,4 @@
-"""One sample: undecoded bytes in; its picture, its texts and what was stored of it out."""
+"""Decoding of samples: from the bytes of a shard to a picture, its texts and its json."""
 
 import io
 import json
@@ -21,16 +21,16 @@ from clipfix.data.shards import expand, read_shard
 log = logging.getLogger(__name__)
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
-# What a file may be whatever its suffix says. Pillow knows more, and for one of them (EPS) it would start Ghostscript.
+# Accepted file formats, whatever the suffix is. Pillow reads others too, and for EPS it would start Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-LONGEST_SIDE = 20  # times the shorter one: beyond it a whole resized picture would be mostly cut away
+LONGEST_SIDE = 20  # times the shorter side; the resized picture of a longer one would be mostly cropped away
 
 
 # -- samples -----------------------------------------------------------------------------------------------------------
 
 
 def encoded_image(raw: Mapping[str, Any]) -> bytes:
-    """The image file of a sample."""
+    """Return the bytes of the image file of a sample; raise ValueError if it has none."""
     data = next((raw[suffix] for suffix in IMAGES if suffix in raw), None)
     if data is None:
         raise ValueError(f"no image ({', '.join(IMAGES)})")
@@ -38,21 +38,21 @@ def encoded_image(raw: Mapping[str, Any]) -> bytes:
 
 
 def fingerprint(raw: Mapping[str, Any]) -> str:
-    """Of the image file: it tells whether that was changed after something was stored of it."""
+    """Return a hash of the image file, by which stored features and latents are checked against their picture."""
     return blake2b(encoded_image(raw), digest_size=16).hexdigest()
 
 
 def decode(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Image (RGB), txt and json of one sample; raises on anything broken.
+    """Decode a sample to {key, image (PIL, RGB), txt, json}; broken bytes raise various exceptions.
 
-    Of an animation the first frame. EXIF's orientation is left alone, as CLIP's and open_clip's own loaders leave it:
-    a turned picture would be another one than those that the published weights were trained and scored on.
+    An animation gives its first frame. The EXIF orientation is ignored, because the loaders of CLIP and open_clip
+    ignore it, and the published weights were trained and scored on such pictures.
     """
     data = encoded_image(raw)
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-    if image.mode.startswith("I"):  # 16 bits, of which Pillow would clip all that is above 255 to white
+    if image.mode.startswith("I"):  # 16 bits; Pillow would clip all values above 255 to white
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     image = image.convert("RGB")
     record = json.loads(raw.get("json", b"{}"))
@@ -62,18 +62,18 @@ def decode(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def samples(urls: str | Iterable[str], allow_pipe: bool = False) -> Iterator[dict[str, Any]]:
-    """One decoded pass in stored order: {key, image (PIL), txt, json}; for benchmarks and looking around."""
+    """Yield decoded samples, {key, image (PIL), txt, json}, in stored order, once."""
     return readable(undecoded(urls, allow_pipe))
 
 
 def undecoded(urls: str | Iterable[str], allow_pipe: bool = False) -> Iterator[dict[str, Any]]:
-    """One pass in stored order, as the samples lie in their shards: bytes by suffix."""
+    """Yield undecoded samples, which are bytes by file suffix, in stored order, once."""
     for url in expand(urls, allow_pipe):
         yield from read_shard(url)
 
 
 def readable(raws: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The samples that can be decoded; of each other one, a line in the log."""
+    """Yield the decoded samples; log a warning for each broken one and skip it."""
     for raw in raws:
         try:
             sample = decode(raw)
@@ -87,19 +87,22 @@ def readable(raws: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def square(image: Image.Image, size: int) -> Float[Tensor, "3 size size"]:
-    """Shorter side to `size` (bicubic), centre crop, [0, 1]: what open_clip does before its mean and std."""
+    """Resize the shorter side to `size` pixels (bicubic), crop the centre, scale to [0, 1].
+
+    This is the preprocessing of open_clip before it subtracts the mean.
+    """
     return tvf.to_tensor(cropped(image, size))
 
 
 def cropped(image: Image.Image, size: int) -> Image.Image:
-    """The picture that `square` gives, in bytes."""
-    if max(image.size) > LONGEST_SIDE * min(image.size):  # the same, without what 20,000 x 1 would be as a whole
+    """Return the picture of `square` as a PIL image of 8 bits."""
+    if max(image.size) > LONGEST_SIDE * min(image.size):  # crop first: 20,000 x 1 pixels resized would be huge
         side, left, top = min(image.size), (image.width - min(image.size)) / 2, (image.height - min(image.size)) / 2
         box = (left, top, left + side, top + side)
         return image.resize((size, size), Image.Resampling.BICUBIC, box)
     if image.width > image.height:
-        # Pillow resizes along rows, rounds to bytes, then along columns: cut in between, the second half has less to do
-        # and the pixels are the same. Its own `box` would save more, but rounds where it begins to 32 bits.
+        # Pillow resizes along rows, rounds to bytes, then resizes along columns. Cropping in between gives the same
+        # pixels and saves work. Pillow's `box` would save more, but it rounds the start of the box to 32 bits.
         width = int(size * image.width / image.height)
         left = round((width - size) / 2)
         rows = image.resize((width, image.height), Image.Resampling.BICUBIC)
@@ -108,5 +111,6 @@ def cropped(image: Image.Image, size: int) -> Image.Image:
 
 
 def in_unit_range(images: UInt8[Tensor, "b 3 s s"]) -> Float[Tensor, "b 3 s s"]:
-    """Bytes as [0, 1], on the device where they lie; the numbers of `square`."""
-    return images.float().div_(torch.full((), 255.0, device=images.device))  # by a number, CUDA would round otherwise
+    """Return images of bytes as floats in [0, 1], bit-identical to `square`, on their device."""
+    # Division by a tensor: CUDA rounds division by a Python number differently.
+    return images.float().div_(torch.full((), 255.0, device=images.device))

@@ -1,6 +1,7 @@
-"""WebDataset shards in, batches of images, texts and token ids out, for training and selection.
+"""The data module: batches of images, texts and token ids from WebDataset shards, for training and selection.
 
-Benchmarks read decoding.py. Images are bytes until they lie on the device, a quarter to copy; there they become [0, 1].
+Images are copied to the device as bytes, a quarter of the size of floats, and converted to [0, 1] there. Benchmarks do
+not use this module; they read samples by decoding.py.
 """
 
 import copy
@@ -19,7 +20,7 @@ from clipfix.data.decoding import in_unit_range
 from clipfix.data.needs import Needs
 from clipfix.data.shards import expand
 from clipfix.data.stored import check_latents
-from clipfix.data.stream import Decoder, Progress, ShardStream, beginning, collate, quiet_worker
+from clipfix.data.stream import Decoder, Progress, ShardStream, collate, init_worker, start_of_pass
 from clipfix.data.texts import Text, TextSettings
 from clipfix.system.ranks import rank_of
 
@@ -27,10 +28,28 @@ log = logging.getLogger(__name__)
 
 
 class ShardData(L.LightningDataModule):
-    """Shards for training (endless, so the trainer's `max_steps` ends it) and for selection (one pass), split by rank.
+    """Loads shards for training, as an endless stream, and for selection, in one pass, split over the ranks.
 
-    A checkpoint holds where every worker of every rank stood after the last batch that was trained on, prefetched
-    ones not counted, so a resumed run goes on with exactly the next batch.
+    A checkpoint holds the position of each worker of each rank after the last batch that was trained on. Prefetched
+    batches do not count, so a resumed run continues with exactly the next batch.
+
+    Args:
+        train: urls, paths, globs or folders of shards, as `shards.expand` reads them.
+        selection: shards of the selection split, in the same form; None for no validation.
+        texts: settings of `Text` by name; None leaves a name out.
+        batch_size: samples of each rank in a batch.
+        workers: loader processes of each rank; 0 loads in the training process.
+        shuffle: samples in the shuffle buffer of each worker; 0 keeps the order within shards.
+        seed: seed of the run.
+        needs: what the method reads from a batch.
+        allow_pipe: whether `pipe:` urls, which run shell commands, are allowed.
+        prepare: called once, before training, to write missing shards.
+        features: name of the shard member that holds stored features; None for none.
+        latents: name of the shard member that holds stored latents; None for none.
+        augment: transform of the decoded picture in training.
+
+    Raises:
+        ValueError: if the data lacks what the method needs, or a setting is invalid.
     """
 
     def __init__(
@@ -52,29 +71,30 @@ class ShardData(L.LightningDataModule):
         super().__init__()
         if absent := [name for name in needs.texts if not texts.get(name)]:
             raise ValueError(
-                f"The method reads data.texts.{absent[0]}, which this data does not give. Say where it lies in your "
-                f"shards, as in '++data.texts.{absent[0]}={{key: {absent[0]}, pick: one, k: 1}}' (data/README.md), or "
-                "choose another method."
+                f"The method reads data.texts.{absent[0]}, which this data does not define: set its key in your "
+                f"shards, as in '++data.texts.{absent[0]}={{key: {absent[0]}, pick: one, k: 1}}' (data/README.md), "
+                "or choose another method."
             )
         if needs.features and features is None:
             raise ValueError(
-                "method.mining.reference is null, so its features are read from the shards: write them by run=annotate "
-                "annotator=features (data/README.md) and set data.features=features.npz, or name a reference."
+                "method.mining.reference is null, so data.features must name stored features: write them with "
+                "run=annotate annotator=features (data/README.md) and set data.features=features.npz, or set a "
+                "reference."
             )
         if latents and needs.latents is None:
-            raise ValueError("The method reads no stored latents: set data.latents=null.")
+            raise ValueError(f"data.latents is {latents}, but the method reads no latents: set data.latents=null.")
         if augment is not None and (stored := features or latents):
             raise ValueError(
-                f"data.augment changes the pictures of which {stored} was stored: set data.augment=null, or "
+                f"data.augment changes the pictures from which {stored} was computed: set data.augment=null, or "
                 "data.features=null and data.latents=null."
             )
         if prepare is not None and not callable(prepare):
-            raise ValueError("data.prepare is to be called when training starts: set data.prepare._partial_=true.")
+            raise ValueError("data.prepare is not callable: set data.prepare._partial_=true.")
         self.train, self.selection, self.allow_pipe, self.prepare = train, selection, allow_pipe, prepare
         self.texts = {name: Text(**text) for name, text in texts.items() if text is not None}
         if ragged := [name for name, text in self.texts.items() if text.k is None]:
             raise ValueError(
-                f"data.texts.{ragged[0]}.k is null: a batch needs as many texts from each sample, so give k."
+                f"data.texts.{ragged[0]}.k is null, but all samples of a batch have the same number of texts: set k."
             )
         for key, value, least in ("batch_size", batch_size, 1), ("workers", workers, 0), ("shuffle", shuffle, 0):
             if value < least:
@@ -82,13 +102,13 @@ class ShardData(L.LightningDataModule):
         self.batch_size, self.workers, self.shuffle = batch_size, workers, shuffle
         self.seed, self.needs, self.features, self.augment = seed, needs, features, augment
         self.latents, self.latents_of = latents, needs.latents() if latents and needs.latents else None
-        self.progress = beginning(workers)
+        self.progress = start_of_pass(workers)
 
     def prepare_data(self) -> None:
-        """Makes the shards where they are absent; Lightning calls it on one process a machine."""
+        """Write missing shards. Lightning calls this in one process of each machine."""
         if self.prepare is not None:
             self.prepare()
-            self.prepare = None  # once is enough, whoever asks
+            self.prepare = None  # a second call would check all shards again
 
     def setup(self, stage: str | None = None) -> None:
         self.train_shards = expand(self.train, self.allow_pipe)
@@ -113,30 +133,33 @@ class ShardData(L.LightningDataModule):
             batch_size=self.batch_size,
             collate_fn=partial(collate, encode=self.needs.encode),
             num_workers=self.workers,
-            worker_init_fn=quiet_worker,
-            # One endless iteration needs no persistence; without it, a second one starts from the newest progress.
+            worker_init_fn=init_worker,
+            # Training iterates once, endlessly. New workers of a second iteration start from the newest progress.
             persistent_workers=self.workers > 0 and progress is None,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # the loader draws a seed it never uses: not from the model's random stream
+            generator=torch.Generator(),  # the loader draws an unused seed; keep it out of the model's random stream
         )
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Images become floats. Lightning calls this right before a batch is used, long after it was prefetched."""
+        """Convert images to floats and record the position. Lightning calls this right before a batch is used."""
         images: Tensor = in_unit_range(batch["image"])
         if self.trainer is not None:
             if self.trainer.training:
                 self.advance(batch)
-            images = self.trainer.precision_plugin.convert_input(images)  # has passed over bytes before
+            images = self.trainer.precision_plugin.convert_input(images)  # Lightning called it on bytes, in vain
         return {**batch, "image": images}
 
     def advance(self, batch: Mapping[str, Any]) -> None:
-        """Records that this batch was trained on."""
+        """Record that this batch is trained on."""
         worker, number, index = batch["position"]
         self.progress["positions"][worker] = [number, index]
         self.progress["turn"] = (worker + 1) % len(self.progress["positions"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Every rank's progress; collective, as ranks differ where samples are broken. Lightning calls it on all."""
+        """Return the progress of all ranks, which differs because broken samples are skipped. A collective operation.
+
+        Lightning calls it on all ranks.
+        """
         ranks: list[Any] = [copy.deepcopy(self.progress)] * rank_of()[1]
         if len(ranks) > 1:
             dist.all_gather_object(ranks, self.progress)
@@ -149,5 +172,5 @@ class ShardData(L.LightningDataModule):
             self.progress.update(copy.deepcopy(ranks[rank]))
             return
         number = 1 + max(position[0] for progress in ranks for position in progress["positions"])
-        log.warning("the number of ranks or data.workers changed: data goes on with the start of pass %d", number)
-        self.progress.update(beginning(self.workers, number))
+        log.warning("The number of ranks or data.workers changed: data continues from the start of pass %d.", number)
+        self.progress.update(start_of_pass(self.workers, number))

@@ -1,4 +1,4 @@
-"""Shard urls in, undecoded samples out; everything that can be wrong with a file, a server or a tar is met here."""
+"""Reading of shards: from urls to undecoded samples. Broken files, servers and tar archives are handled here."""
 
 import glob
 import logging
@@ -18,23 +18,28 @@ from webdataset.tariterators import group_by_keys
 
 log = logging.getLogger(__name__)
 
-RETRIES = 8  # of a server; the first at once
-SILENCE = 60  # seconds without a byte after which a server counts as down
-GOPEN = ("", "file", *wds.gopen_schemes)  # what webdataset opens; fsspec has the rest, s3 among them
+RETRIES = 8  # requests to a server after a failed one; the first is immediate
+SILENCE = 60  # seconds without a byte after which a request fails
+GOPEN = ("", "file", *wds.gopen_schemes)  # protocols that webdataset opens; fsspec opens the others, such as s3
 
 
 def expand(urls: str | Iterable[str], allow_pipe: bool = False) -> list[str]:
-    """One url per shard, from paths, globs, folders, brace ranges, `pipe:` commands and http(s), s3, ... urls.
+    """Return one url for each shard.
 
-    Whatever cannot be read later is refused here, before any training: a path or glob that matches nothing, a
-    protocol whose package is missing, a shell command that the config does not allow.
+    Args:
+        urls: paths, globs, folders, brace ranges, `pipe:` commands, or urls of http(s), s3 and others.
+        allow_pipe: whether `pipe:` commands are allowed.
+
+    Raises:
+        ValueError: if a path or glob matches nothing, the package for a protocol is missing, or a shell command is not
+            allowed. This is raised before training starts.
     """
     entries = [urls] if isinstance(urls, str) else list(urls)
     shards = [shard for entry in entries for url in braceexpand(entry) for shard in _resolve(url, allow_pipe)]
     if missing := [shard for shard in shards if not urlsplit(shard).scheme and not Path(shard).is_file()]:
         raise ValueError(
             f"{len(missing)} of {len(shards)} shards of {entries} do not exist, first {missing[0]!r} "
-            f"(working folder {Path.cwd()}): correct data.train / data.selection"
+            f"(working folder {Path.cwd()}): correct data.train or data.selection"
         )
     return shards
 
@@ -54,19 +59,19 @@ def _resolve(url: str, allow_pipe: bool) -> list[str]:
     if scheme:
         return [url]
     path = Path(url).expanduser()
-    if path.is_dir():  # as img2dataset leaves it: its parquet and json files beside the shards are not ours to read
+    if path.is_dir():  # img2dataset also writes parquet and json files there, which are not shards
         pattern = str(Path(glob.escape(str(path))) / "*.tar")
     elif glob.has_magic(url) and not path.exists():
         pattern = str(path)
     else:
         return [str(path)]
     if not (shards := sorted(glob.glob(pattern, recursive=True))):
-        raise ValueError(f"no shard matches {pattern!r} (working folder {Path.cwd()}): correct the path, or pack one")
+        raise ValueError(f"no shard matches {pattern!r} (working folder {Path.cwd()}): correct the path, or write one")
     return shards
 
 
 class _StrictMember(tarfile.TarInfo):
-    """A tar header that says when it is damaged: tarfile alone takes damage, and a missing end, for the end."""
+    """A tar header that raises an error if it is damaged. tarfile treats damage and a missing end as the end."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> "_StrictMember":
@@ -79,10 +84,14 @@ class _StrictMember(tarfile.TarInfo):
 
 
 def open_shard(url: str, again: int = RETRIES) -> Any:
-    """Bytes of a shard from wherever it lies. A server that is down or busy is asked again for two minutes.
+    """Open a shard as a stream of bytes.
 
-    Waits double from a second on; a server that says nothing for a minute counts as down. What breaks off midway is
-    not asked for again here. For s3:// and gs:// it is s3fs and gsutil that retry, for `pipe:` the command if it does.
+    Requests to a server that is down or busy are repeated for about two minutes, with waits that double from one second
+    on. A server that sends nothing for a minute counts as down. A connection that breaks while reading is not repeated.
+    For s3:// and gs:// s3fs and gsutil retry; for `pipe:` the command has to.
+
+    Args:
+        again: number of retries.
     """
     scheme = urlsplit(url).scheme
     if scheme in ("http", "https"):
@@ -100,13 +109,18 @@ def warn(url: str, error: Exception) -> None:
 
 
 def read_shard(
-    url: str, tell: Callable[[str, Exception], object] = warn, again: int = RETRIES
+    url: str, on_error: Callable[[str, Exception], object] = warn, again: int = RETRIES
 ) -> Iterator[dict[str, Any]]:
-    """The samples of one shard, undecoded; a broken shard gives what can be read of it, and `tell` hears why."""
+    """Yield the undecoded samples of one shard: bytes by suffix, `__key__` and `__url__`.
+
+    Args:
+        on_error: called with the url and the error if the shard is broken. Samples before the damage are yielded.
+        again: number of retries of a request to a server.
+    """
 
     def broken(error: Exception) -> bool:
-        tell(url, error)
-        return True  # webdataset's word for: go on
+        on_error(url, error)
+        return True  # webdataset continues
 
     def members() -> Iterator[dict[str, Any]]:
         try:
@@ -116,10 +130,10 @@ def read_shard(
                     if member.isreg() and (file := tar.extractfile(member)):
                         yield {"fname": member.name, "data": file.read(), "__url__": url}
                     tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header it has seen
-            while stream.read(1 << 20):  # to the end: a command whose pipe closes early would count as failed
+            while stream.read(1 << 20):  # read to the end: a command whose pipe is closed early would fail
                 pass
             stream.close()
-        except Exception as error:  # whatever a file, a network or a command can throw ends this shard, not the run
+        except Exception as error:  # any error of a file, a network or a command ends this shard, not the run
             broken(error)
 
     yield from group_by_keys(members(), handler=broken)

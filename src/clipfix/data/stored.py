@@ -1,4 +1,4 @@
-"""What `run=annotate` stored beside pictures: features and latents, found again for a sample, and checked."""
+"""Features and latents that `run=annotate` stored beside pictures: reading them for a sample, and checks."""
 
 import io
 import itertools
@@ -16,43 +16,66 @@ from clipfix.data.shards import read_shard
 from clipfix.data.texts import Text
 
 
-def look_up(
+def stored_features(
     raw: Mapping[str, Any], member: str, texts: Mapping[str, Text], drawn: Mapping[str, list[str]]
 ) -> dict[str, Tensor]:
-    """What `run=annotate annotator=features` stored: `image` [1, d], and [k, d] of drawn texts whose key it encoded."""
+    """Return features that `run=annotate annotator=features` stored of a sample.
+
+    Args:
+        raw: the undecoded sample.
+        member: suffix of the stored features in the shard.
+        texts: settings of the texts by name.
+        drawn: the k texts of this sample by name.
+
+    Returns:
+        `image` [1, d], and [k, d] for each name of texts whose key was encoded.
+
+    Raises:
+        ValueError: if the features, or those of a text, are missing.
+    """
     if member not in raw:
-        raise ValueError(f"no {member}: make it by run=annotate annotator=features, or set data.features=null")
+        raise ValueError(f"no {member}: write it with run=annotate annotator=features, or set data.features=null")
     with np.load(io.BytesIO(raw[member]), allow_pickle=False) as stored:
         image, rows = (torch.from_numpy(stored[name]).float() for name in ("image", "text"))
         row = {text: i for i, text in enumerate(stored["strings"].tolist())}
         keys = stored["keys"].tolist()
-    found = {"image": image[None]}
+    features = {"image": image[None]}
     for name, text in texts.items():
-        if not text.whole or text.key not in keys:
+        if not text.unchanged or text.key not in keys:
             continue
         if absent := [string for string in drawn[name] if string not in row]:
-            raise ValueError(f"{member} has nothing of the {name} {absent[0]!r}: annotate these shards again")
-        found[name] = rows[[row[string] for string in drawn[name]]]
-    return found
+            raise ValueError(f"{member} has no features of the {name} {absent[0]!r}: annotate these shards again")
+        features[name] = rows[[row[string] for string in drawn[name]]]
+    return features
 
 
-def look_up_latent(raw: Mapping[str, Any], member: str, of: str | None) -> Float[Tensor, "c y x"]:
-    """What `run=annotate annotator=latents` stored of this very picture; `of` is what `Diffusion.latents_of` says."""
+def stored_latent(raw: Mapping[str, Any], member: str, of: str | None) -> Float[Tensor, "c y x"]:
+    """Return the latent [c, y, x] that `run=annotate annotator=latents` stored of a sample.
+
+    Args:
+        raw: the undecoded sample.
+        member: suffix of the stored latent in the shard.
+        of: the expected identity of the autoencoder (`Diffusion.latents_of`).
+
+    Raises:
+        ValueError: if the latent is missing, or is of another autoencoder or another picture.
+    """
     if member not in raw:
         raise ValueError(no_latents(member))
     with np.load(io.BytesIO(raw[member]), allow_pickle=False) as stored:
-        latent, found, picture = (stored[name] for name in ("latent", "of", "picture"))
-    if found != of:
-        raise ValueError(f"its {member} is of {found}, not of {of}")
+        latent, source, picture = (stored[name] for name in ("latent", "of", "picture"))
+    if source != of:
+        raise ValueError(f"its {member} is of {source}, not of {of}")
     if picture != fingerprint(raw):
-        raise ValueError(f"its picture is not the one that {member} was made of: annotate these shards again")
+        raise ValueError(f"its picture is not the one that {member} was computed from: annotate these shards again")
     return torch.from_numpy(latent).float()
 
 
 def check_latents(shards: list[str], member: str, of: str | None) -> None:
-    """Refuses shards without latents, or with those of another autoencoder or size, before anything is trained.
+    """Raise ValueError if shards have no latents, or latents of another autoencoder or size.
 
-    The first sample of each local shard is asked; of others, which may take long to open, that of the first shard.
+    The first sample of each local shard is checked. Remote shards may take long to open; if all are remote, only the
+    first shard is checked.
     """
     for shard in [shard for shard in shards if not urlsplit(shard).scheme] or shards[:1]:
         for raw in itertools.islice(read_shard(shard), 1):
@@ -60,15 +83,15 @@ def check_latents(shards: list[str], member: str, of: str | None) -> None:
                 raise ValueError(f"{shard} has {no_latents(member)}")
             try:
                 with np.load(io.BytesIO(raw[member]), allow_pickle=False) as stored:
-                    found = str(stored["of"])
-            except Exception:  # damaged: training counts it with other broken samples
+                    source = str(stored["of"])
+            except Exception:  # damaged: training skips and counts it with other broken samples
                 continue
-            if found != of:
+            if source != of:
                 raise ValueError(
-                    f"{shard} has latents of {found}, and this run reads those of {of}: write them by run=annotate "
-                    "annotator=latents with diffusion and backbone as here, or set data.latents=null"
+                    f"{shard} has latents of {source}, but this run needs those of {of}: write them with run=annotate "
+                    "annotator=latents with the same diffusion and backbone, or set data.latents=null"
                 )
 
 
 def no_latents(member: str) -> str:
-    return f"no {member}: make it by run=annotate annotator=latents, or set data.latents=null"
+    return f"no {member}: write it with run=annotate annotator=latents, or set data.latents=null"

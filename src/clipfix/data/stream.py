@@ -1,7 +1,7 @@
-"""What one rank reads: an endless stream of shuffled passes over shards, sample by sample, and how samples are batched.
+"""The stream of samples of one rank, in endless shuffled passes over the shards, and their collation to batches.
 
-Shuffling happens on undecoded bytes and every random choice is a function of (seed, pass, sample), so a position (pass,
-samples taken) says exactly where a worker stands.
+Samples are shuffled undecoded, and each random choice is a function of (seed, pass, sample). So the position of a
+worker is the pair (pass, samples taken).
 """
 
 import itertools
@@ -26,32 +26,36 @@ from torchvision.transforms import functional as tvf
 from clipfix.data.decoding import cropped, decode
 from clipfix.data.needs import Encode
 from clipfix.data.shards import read_shard
-from clipfix.data.stored import look_up, look_up_latent
+from clipfix.data.stored import stored_features, stored_latent
 from clipfix.data.texts import Text
 
 log = logging.getLogger(__name__)
 
-LOOK_AROUND = 1000  # broken samples in a row after which a worker asks whether any shard is fine
+CHECK_AFTER = 1000  # broken samples in a row after which a worker checks whether any shard is readable
 
 
 class Progress(TypedDict):
-    """Where one rank stands, in plain types so that a checkpoint holding it loads with `weights_only`."""
+    """The position of one rank, in plain types, so that a checkpoint with it loads with `weights_only`."""
 
-    turn: int  # the worker whose batch comes next
-    positions: list[list[int]]  # per worker: pass, and raw samples taken of that pass
+    turn: int  # index of the worker whose batch is next
+    positions: list[list[int]]  # for each worker: pass, and undecoded samples taken in that pass
 
 
-def beginning(workers: int, number: int = 0) -> Progress:
-    """The start of pass `number`; without worker processes the loader itself is the one worker."""
+def start_of_pass(workers: int, number: int = 0) -> Progress:
+    """Return the position at the start of pass `number`. With 0 workers the loader itself counts as one."""
     return {"turn": 0, "positions": [[number, 0] for _ in range(max(workers, 1))]}
 
 
-def share(shards: list[str], consumer: int, consumers: int) -> Iterator[dict[str, Any]]:
-    """This consumer's part of one pass: whole shards if there is one for everybody, else every n-th sample of each."""
+def split_over_consumers(shards: list[str], consumer: int, consumers: int) -> Iterator[dict[str, Any]]:
+    """Yield the samples of one consumer in one pass.
+
+    If there are at least as many shards as consumers, it gets entire shards. Otherwise it gets every n-th sample of
+    each shard.
+    """
     if len(shards) >= consumers:
         return itertools.chain.from_iterable(map(read_shard, shards[consumer::consumers]))
     return itertools.chain.from_iterable(
-        # shifted from shard to shard, so that remainders do not pile up on the first consumers
+        # shift by one for each shard, so that the first consumers do not get all remainders
         itertools.islice(read_shard(shard), (consumer + place) % consumers, None, consumers)
         for place, shard in enumerate(shards)
     )
@@ -59,17 +63,17 @@ def share(shards: list[str], consumer: int, consumers: int) -> Iterator[dict[str
 
 @dataclass(frozen=True)
 class Decoder:
-    """Turns the bytes of a sample into what a batch holds.
+    """Decodes the bytes of a sample to the entries of a batch.
 
     Args:
-        texts: by name, which text of a sample goes into the batch.
+        texts: settings of the texts by name.
         image_size: side of the square image in pixels.
-        seed: of the run. Random choices follow from (seed, pass, key of the sample).
-        augment: a transform of the decoded picture (PIL), before it is resized and cropped; torchvision's, or another
-            that draws from the global generators of torch, numpy or Python.
+        seed: seed of the run. Random choices follow from (seed, pass, key of the sample).
+        augment: transform of the decoded picture (PIL), before it is resized and cropped. It may use the global random
+            generators of torch, numpy or Python, as those of torchvision do.
         features: member of the shards that holds stored features.
         latents: member of the shards that holds stored latents.
-        latents_of: what these must be of (`Diffusion.latents_of`).
+        latents_of: the expected identity of their autoencoder (`Diffusion.latents_of`).
     """
 
     texts: Mapping[str, Text]
@@ -81,7 +85,7 @@ class Decoder:
     latents_of: str | None = None
 
     def __call__(self, raw: Mapping[str, Any], number: int) -> dict[str, Any]:
-        """Return a decoded sample of pass `number`; raise whatever broken bytes raise."""
+        """Return a decoded sample of pass `number`; broken bytes raise various exceptions."""
         sample = decode(raw)
         texts = {
             name: text.draw(sample, random.Random(f"{self.seed} {number} {sample['key']} {name}"))
@@ -97,15 +101,15 @@ class Decoder:
             "texts": texts,
         }
         if self.features is not None:
-            sample["features"] = look_up(raw, self.features, self.texts, texts)
+            sample["features"] = stored_features(raw, self.features, self.texts, texts)
         if self.latents is not None:
-            sample["latents"] = look_up_latent(raw, self.latents, self.latents_of)
+            sample["latents"] = stored_latent(raw, self.latents, self.latents_of)
         return sample
 
 
 @contextmanager
 def seeded(text: str) -> Iterator[None]:
-    """Seed the global generators by a text; they come back as they were."""
+    """Seed the global random generators with a text within the block, and restore their states after it."""
     number = int.from_bytes(blake2b(text.encode(), digest_size=4).digest())
     with isolate_rng(include_cuda=False):
         torch.random.default_generator.manual_seed(number)
@@ -115,10 +119,18 @@ def seeded(text: str) -> Iterator[None]:
 
 
 class ShardStream(IterableDataset):
-    """What one rank reads: endless shuffled passes from `progress` on, or one pass in stored order when it is None.
+    """The samples of one rank: endless shuffled passes from `progress` on, or one pass in stored order if it is None.
 
-    `progress` is read anew whenever iteration starts. The loader takes worker 0 first, so the worker whose turn it is
-    takes that place: a resumed run sees the batches that the interrupted one would have seen.
+    `progress` is read whenever iteration starts. The loader always starts with worker 0, so worker 0 continues as the
+    worker whose turn it is. A resumed run gets the batches that the interrupted run would have got.
+
+    Args:
+        shards: one url for each shard.
+        decoder: decodes samples.
+        shuffle: samples in the shuffle buffer; 0 shuffles the shards alone.
+        rank: index of this rank.
+        world: number of ranks.
+        progress: position of this rank.
     """
 
     def __init__(
@@ -136,7 +148,7 @@ class ShardStream(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
         slot, workers = (info.id, info.num_workers) if info else (0, 1)
-        start = self.progress or beginning(workers)
+        start = self.progress or start_of_pass(workers)
         worker, consumers = (slot + start["turn"]) % workers, self.world * workers
         first, taken = start["positions"][worker]
         skipped = 0
@@ -146,53 +158,54 @@ class ShardStream(IterableDataset):
             for index, raw in itertools.islice(raws, taken, None):
                 try:
                     sample = self.decoder(raw, number)
-                except Exception as error:  # broken bytes raise anything
+                except Exception as error:  # broken bytes raise various exceptions
                     skipped += 1
                     log.debug("skipped %s in %s: %s", raw["__key__"], raw["__url__"], error)
-                    if skipped % LOOK_AROUND == 0:
-                        self._look_around(f"{skipped} in a row")
+                    if skipped % CHECK_AFTER == 0:
+                        self._check_shards(f"{skipped} in a row")
                     continue
                 yield {**sample, "position": (worker, number, index), "skipped": skipped}
                 usable, skipped = usable + 1, 0
             if not usable and not taken:
-                self._look_around("a whole pass")
+                self._check_shards("an entire pass")
             if self.progress is None:
                 return
-            if not usable and not taken and len(self.shards) < consumers:  # it has read all of them, and will again
+            if not usable and not taken and len(self.shards) < consumers:  # each pass gives it the same samples
                 raise ValueError(
-                    f"data.train has too few usable samples for each of {consumers} workers to get one: lower "
-                    "data.workers or the number of devices."
+                    f"data.train has too few usable samples for {consumers} workers: lower data.workers or the number "
+                    "of devices."
                 )
             taken = 0
 
-    def _look_around(self, vain: str) -> None:
-        """Stops the run unless some shard begins with a usable sample; of the selection split, has one anywhere.
+    def _check_shards(self, extent: str) -> None:
+        """Raise ValueError unless the first sample of some shard is usable; in the selection split, any sample.
 
-        A broken shard may be all that a pass gives a worker, and the next pass deals the shards anew: so a worker that
-        reads in vain goes on as long as any shard is fine. No server is asked twice here, as that has been done.
+        A pass may assign only a broken shard to a worker, and the next pass assigns others. So a worker without usable
+        samples continues as long as any shard is readable. Requests to servers are not repeated here, because reading
+        has repeated them before.
         """
         split, most = ("data.train", 1) if self.progress else ("data.selection", None)
-        faults: dict[str, Exception | str] = {"": f"{split} names none"}
+        faults: dict[str, Exception | str] = {"": f"{split} names no shard"}
         for shard in self.shards:
             faults = {shard: "it is empty"}
             for raw in itertools.islice(read_shard(shard, faults.__setitem__, again=0), most):
                 try:
                     self.decoder(raw, number=0)
                     return
-                except Exception as error:  # of this sample
+                except Exception as error:
                     faults[shard] = error
         ((last, reason),) = faults.items()
         begins = "begins with" if most else "has"
         raise ValueError(
-            f"A worker found no usable sample in {vain}, and no shard of {split} ({len(self.shards)}) {begins} "
+            f"A worker found no usable sample in {extent}, and no shard of {split} ({len(self.shards)}) {begins} "
             f"one. The last, {last}: {reason}"
         )
 
     def _raws(self, number: int, consumer: int, consumers: int) -> Iterator[dict[str, Any]]:
         if self.progress is None:
-            return share(self.shards, consumer, consumers)
+            return split_over_consumers(self.shards, consumer, consumers)
         order = random.Random(f"{self.seed} {number}").sample(self.shards, len(self.shards))
-        raws = share(order, consumer, consumers)
+        raws = split_over_consumers(order, consumer, consumers)
         if not self.shuffle:
             return raws
         rng = random.Random(f"{self.seed} {number} {consumer}")
@@ -200,12 +213,18 @@ class ShardStream(IterableDataset):
 
 
 def collate(batch: list[dict[str, Any]], encode: tuple[Encode, ...] = ()) -> dict[str, Any]:
-    """Images stacked, in bytes; texts sample-major; `position` is where the worker stood after the last sample.
+    """Collate decoded samples to a batch.
 
-    What the functions of `encode` make of that joins the batch.
+    Args:
+        encode: functions that return further entries of the collated batch.
+
+    Returns:
+        `image` [b, 3, s, s] in bytes; a list of b * k texts for each name, with those of one sample next to each other;
+        `key`; `position`, the position of the worker after the last sample; `skipped`, the number of broken samples;
+        and the entries of `encode`.
     """
     features: list[dict[str, Tensor]] = [sample["features"] for sample in batch if "features" in sample]
-    joined = {name: torch.cat([found[name] for found in features]) for name in features[0]} if features else {}
+    joined = {name: torch.cat([sample[name] for sample in features]) for name in features[0]} if features else {}
     latents: list[Tensor] = [sample["latents"] for sample in batch if "latents" in sample]
     joined_batch = {
         "key": [sample["key"] for sample in batch],
@@ -221,6 +240,6 @@ def collate(batch: list[dict[str, Any]], encode: tuple[Encode, ...] = ()) -> dic
     return joined_batch
 
 
-def quiet_worker(_: int) -> None:
-    """tokenizers would warn in every forked worker that it computes on one thread there, which is meant to be so."""
+def init_worker(_: int) -> None:
+    """Set tokenizers to one thread, as intended in a worker; otherwise it prints a warning in each forked process."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -1,4 +1,4 @@
-"""Which of the texts of a sample go into a batch."""
+"""Selection of the texts of a sample that go into a batch."""
 
 import itertools
 import random
@@ -8,12 +8,12 @@ from typing import Any, NotRequired
 
 from typing_extensions import TypedDict
 
-LONGEST_TEXT = 20_000  # characters: no tower reads as many, and a tokenizer takes seconds for a few million
+LONGEST_TEXT = 20_000  # characters; no tower reads as many, and a tokenizer takes seconds for a few million
 PICKS = ("one", "first_sentence", "other_sentences", "all", "random")
 
 
 class TextSettings(TypedDict):
-    """What a config says of a `Text`."""
+    """The arguments of a `Text` in a config."""
 
     key: str
     pick: str
@@ -22,11 +22,17 @@ class TextSettings(TypedDict):
 
 @dataclass(frozen=True)
 class Text:
-    """Which text of a sample goes into the batch: `key` says where it lies, `pick` which of several, `k` how many.
+    """Selects k texts of each sample.
 
-    A batch is rectangular, so every sample gives exactly k texts: `all` takes them in order, `random` in an order
-    drawn anew each pass, and both begin again at the first when a sample has fewer than k. `k` of None takes as many as
-    there are: for benchmarks alone.
+    Args:
+        key: `txt`, or a key of the sample's json, which holds a string or a list of strings.
+        pick: `one` takes the first text. `first_sentence` and `other_sentences` take a part of it. `all` takes the
+            texts in order, and `random` in an order that is drawn anew in each pass; both repeat texts if a sample has
+            fewer than k.
+        k: number of texts of each sample; None, which only benchmarks may use, takes all of them.
+
+    Raises:
+        ValueError: if `pick` is unknown, or does not fit `k`.
     """
 
     key: str
@@ -35,16 +41,17 @@ class Text:
 
     def __post_init__(self) -> None:
         if self.pick not in PICKS:
-            raise ValueError(f"data.texts: pick {self.pick!r} is none of {', '.join(PICKS)}")
+            raise ValueError(f"data.texts: pick is {self.pick!r}: choose from {', '.join(PICKS)}")
         if (self.k is not None and self.k < 1) or (self.k != 1 and self.pick not in ("all", "random")):
-            raise ValueError(f"data.texts: k={self.k} with pick={self.pick}: k > 1 needs pick=all or pick=random")
+            raise ValueError(f"data.texts: k is {self.k} with pick={self.pick}: set k=1, or pick=all or pick=random")
 
     @property
-    def whole(self) -> bool:
-        """Whether it gives texts as they lie there, so that what is stored of them can be looked up."""
+    def unchanged(self) -> bool:
+        """True if the texts are used unchanged, so that stored features of them can be used."""
         return self.pick not in ("first_sentence", "other_sentences")
 
     def draw(self, sample: Mapping[str, Any], rng: random.Random) -> list[str]:
+        """Return k texts of a decoded sample; raise ValueError if it has none."""
         texts = strings(sample, self.key)
         if self.pick == "first_sentence":  # Source: Long-CLIP (arXiv 2403.15378), short caption of its training set
             texts = [texts[0].split(". ", 1)[0]]
@@ -56,21 +63,21 @@ class Text:
 
 
 def strings(sample: Mapping[str, Any], key: str) -> list[str]:
-    """The texts that lie under a key of a decoded sample, one or more."""
-    found = sample["txt"] if key == "txt" else sample["json"].get(key)
-    several = found if isinstance(found, list) else [found] if isinstance(found, str) else []
-    texts = [text.strip()[:LONGEST_TEXT] for text in several if text.strip()]
+    """Return the texts under a key of a decoded sample; raise ValueError if there is none."""
+    value = sample["txt"] if key == "txt" else sample["json"].get(key)
+    entries = value if isinstance(value, list) else [value] if isinstance(value, str) else []
+    texts = [text.strip()[:LONGEST_TEXT] for text in entries if text.strip()]
     if not texts:
         raise ValueError(f"no text under {key!r} (its json has: {', '.join(sample['json']) or 'nothing'})")
-    "".join(texts).encode()  # json can hold half a surrogate pair, on which tokenizers fail
+    "".join(texts).encode()  # raises for half a surrogate pair, which json can hold and tokenizers fail on
     return texts
 
 
 def other_sentences(text: str, rng: random.Random) -> str:
-    """Some of the sentences after the first, in any order; a text of one sentence as it is.
+    """Return some of the sentences after the first, in random order. A text of one sentence is returned unchanged.
 
-    Source: DeBias-CLIP (arXiv 2602.22419), its short caption: the first sentence, a summary, is left out, and the
-    number of the others is uniform.
+    Source: DeBias-CLIP (arXiv 2602.22419), short caption: the first sentence, a summary, is left out, and the number of
+    the others is uniform.
     """
     others = [sentence for sentence in text.split(". ")[1:] if sentence.strip()]
     if not others:
@@ -79,6 +86,6 @@ def other_sentences(text: str, rng: random.Random) -> str:
 
 
 def by_sample(batch: Mapping[str, Any], name: str) -> list[list[str]]:
-    """Return the texts of that name in a collated batch, those of each sample in a list of their own."""
+    """Return the texts of a name in a collated batch, as one list for each sample."""
     each = len(batch[name]) // len(batch["image"])
     return [batch[name][start : start + each] for start in range(0, len(batch[name]), each)]

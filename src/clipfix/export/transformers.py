@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from clipfix.export.folder import Files, Weights
 from clipfix.export.tokenizer import clip_files, hub_files
 from clipfix.models.clip import Backbone
-from clipfix.models.convert import CLIP_BLOCK, CLIP_NAMES, SIGLIP_NAMES, TIMM_BLOCK, State, renamed
+from clipfix.models.convert import CLIP_BLOCK, CLIP_NAMES, SIGLIP_NAMES, TIMM_BLOCK, State, rename_weight
 
 INTERPOLATION = {"bilinear": 2, "bicubic": 3, "random": 3}  # Pillow's numbers
 PROJECTIONS = ("visual_projection.weight", "text_projection.weight")  # (in, out) in open_clip
@@ -98,7 +98,9 @@ def clip_text(backbone: Backbone) -> dict[str, Any]:
 def to_clip(state: Mapping[str, Tensor]) -> State:
     """The inverse of `convert.from_clip`, from the names of a model with two towers. Nothing is copied."""
     plain = {key.removeprefix("text."): value for key, value in state.items()}
-    theirs = in_three({renamed(key, reverse(CLIP_NAMES), reverse(CLIP_BLOCK)): value for key, value in plain.items()})
+    theirs = in_three(
+        {rename_weight(key, reverse(CLIP_NAMES), reverse(CLIP_BLOCK)): value for key, value in plain.items()}
+    )
     return {key: value.T if key in PROJECTIONS else value for key, value in theirs.items()}
 
 
@@ -172,7 +174,7 @@ def to_siglip(state: Mapping[str, Tensor]) -> State:
     theirs: State = {}
     for key, value in state.items():
         block = TIMM_BLOCK if key.startswith("visual.") else CLIP_BLOCK
-        theirs[renamed(key, reverse(SIGLIP_NAMES), reverse(block))] = value
+        theirs[rename_weight(key, reverse(SIGLIP_NAMES), reverse(block))] = value
     theirs["vision_model.embeddings.position_embedding.weight"] = state["visual.trunk.pos_embed"][0]
     return in_three(theirs) | pool
 

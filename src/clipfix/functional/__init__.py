@@ -1,1 +1,4 @@
-"""Formulas: tensors in, tensors out. No state, no processes, no config; randomness is handed in."""
+"""Formulas: pure functions of tensors. They hold no state and use no ranks and no config; random draws are arguments.
+
+Errors begin with the name of the argument, so that a caller can put the config key in front of it.
+"""

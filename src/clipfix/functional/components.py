@@ -1,4 +1,4 @@
-"""Features rebuilt from the few directions in which a batch varies most."""
+"""Reconstruction of features from the principal components of a batch."""
 
 from typing import Any
 
@@ -9,19 +9,27 @@ from torch.autograd.function import once_differentiable
 
 
 def principal_reconstruction(rows: Float[Tensor, "n d"], components: int) -> Float[Tensor, "n d"]:
-    """Each row moved onto the plane through the batch's mean along its `components` main directions.
+    """Return each row reconstructed from the mean of the rows and their first principal components.
 
-    Whatever these cannot hold is gone: what is left of an image is what tells it from the others of the batch. A batch
-    with no more directions than that comes back as it is. The directions come from the smaller of the two Gram
-    matrices, n x n or d x d, in float64: their gaps are differences of squares, which float32 halves in digits.
+    The result keeps of each image what distinguishes it most from the others of the batch. Rows that vary in no more
+    than `components` directions are returned unchanged. The components are eigenvectors of the smaller of the two Gram
+    matrices, n x n or d x d, in float64: eigenvalues are squares of singular values, so float32 would leave only half
+    of its digits in the gaps between them.
+
+    Args:
+        rows: features, one row for each image.
+        components: number of principal components, 1 or more.
+
+    Raises:
+        ValueError: if `components` is below 1.
 
     Source: Long-CLIP (arXiv 2403.15378), section 3.2 "primary component matching".
-    Departs: the reference differentiates an SVD, whose gradient is infinite where singular values repeat; only the
-    gaps between kept and dropped directions matter, so only these are used (`TopProjector`).
+    Departs: the reference differentiates an SVD, whose gradient is infinite where singular values repeat. Only the
+    gaps between retained and discarded components matter, so the gradient here uses only these (`TopProjector`).
     """
     if components < 1:
-        raise ValueError(f"method.components is {components}: keep 1 or more, or null for features as they are.")
-    if components >= min(len(rows) - 1, rows.shape[1]):  # the mean takes one direction of n
+        raise ValueError(f"components is {components}: set it to 1 or more.")
+    if components >= min(len(rows) - 1, rows.shape[1]):  # n centred rows span n - 1 directions at most
         return rows
     with torch.autocast(rows.device.type, enabled=False):
         exact = rows.double()
@@ -37,23 +45,24 @@ def principal_reconstruction(rows: Float[Tensor, "n d"], components: int) -> Flo
 class TopProjector(torch.autograd.Function):
     """The projector onto the leading eigenvectors of a symmetric matrix, with a gradient that stays finite.
 
-    The plane turns by u_i^T dG u_j / (l_i - l_j) between kept i and dropped j; pairs on the same side turn nothing, so
-    equal eigenvalues there are harmless. Where a kept and a dropped value are equal, the plane is a matter of chance
-    and has no derivative: such pairs get none.
+    A change dG of the matrix rotates the subspace by u_i^T dG u_j / (l_i - l_j) for each retained eigenvector i and
+    each discarded one j. Pairs of two retained or two discarded eigenvectors do not change it, so equal eigenvalues
+    among them do no harm. If a retained and a discarded eigenvalue are equal, the subspace is not unique and has no
+    derivative: such pairs contribute zero.
     """
 
     @staticmethod
     def forward(ctx: Any, gram: Float[Tensor, "m m"], components: int) -> Float[Tensor, "m m"]:
         values, vectors = torch.linalg.eigh(gram)
-        kept, dropped = vectors[:, -components:], vectors[:, :-components]
+        retained, discarded = vectors[:, -components:], vectors[:, :-components]
         gaps = values[-components:, None] - values[None, :-components]
         smallest = len(gram) * torch.finfo(gram.dtype).eps * values[-1]
-        ctx.save_for_backward(kept, dropped, torch.where(gaps > smallest, 1 / gaps, 0.0))
-        return kept @ kept.T
+        ctx.save_for_backward(retained, discarded, torch.where(gaps > smallest, 1 / gaps, 0.0))
+        return retained @ retained.T
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Float[Tensor, "m m"]) -> tuple[Float[Tensor, "m m"], None]:
-        kept, dropped, inverse_gaps = ctx.saved_tensors
-        turn = kept @ (kept.T @ (gradient + gradient.T) @ dropped * inverse_gaps) @ dropped.T
-        return (turn + turn.T) / 2, None
+        retained, discarded, inverse_gaps = ctx.saved_tensors
+        rotation = retained @ (retained.T @ (gradient + gradient.T) @ discarded * inverse_gaps) @ discarded.T
+        return (rotation + rotation.T) / 2, None

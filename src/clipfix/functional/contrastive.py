@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from clipfix.functional.fused import fused
 
-LARGEST = 2**26  # similarities held at once, 256 MB in fp32; ours
+MAX_SIMILARITIES = 2**26  # held at once; 256 MB in fp32. Ours
 
 
 def contrastive_loss(
@@ -21,21 +21,29 @@ def contrastive_loss(
     scale: Float[Tensor, ""],
     first_row: int,
     label_smoothing: float = 0.0,
-    largest: int = LARGEST,
+    max_similarities: int = MAX_SIMILARITIES,
 ) -> Float[Tensor, ""]:
-    """Symmetric cross-entropy of this rank's rows against the joined batch.
+    """Return the symmetric cross-entropy of this rank's rows against the joined batch.
 
-    Features are L2-normalized; `scale` multiplies cosines (1 / temperature). Row i of this rank is row `first_row + i`
-    of the joined batch, and that is its only positive. Each rank scores b x n similarities, not n x n, and the mean
-    over ranks is the loss of the joined batch. Where these are more than `largest`, so many are held at a time.
+    Each rank computes b x n similarities, not n x n, and the mean over ranks is the loss of the joined batch.
+
+    Args:
+        image: image features of this rank, of unit norm.
+        text: text features of this rank, of unit norm.
+        all_image: image features of all ranks.
+        all_text: text features of all ranks.
+        scale: inverse temperature, a factor on the cosines.
+        first_row: row i of this rank is row `first_row + i` of the joined batch, which is its only positive.
+        label_smoothing: as in `torch.nn.functional.cross_entropy`.
+        max_similarities: larger similarity matrices are computed in chunks of rows of at most this many entries.
 
     Source: CLIP (arXiv 2103.00020), figure 3; the rank-local form is the one used by large-batch CLIP trainers.
     """
     targets = torch.arange(len(image), device=image.device) + first_row
-    # Mixed precision stops here: at scale 100 the nearest two bf16 logits lie half a unit apart.
+    # Without mixed precision: at scale 100 two neighbouring bf16 logits differ by half a unit.
     with torch.autocast(image.device.type, enabled=False):
-        if len(image) * len(all_text) > largest:
-            rows = max(1, largest // len(all_text))
+        if len(image) * len(all_text) > max_similarities:
+            rows = max(1, max_similarities // len(all_text))
             image_to_text = ChunkedCrossEntropy.apply(image, all_text, scale, targets, label_smoothing, rows)
             text_to_image = ChunkedCrossEntropy.apply(text, all_image, scale, targets, label_smoothing, rows)
         else:
@@ -48,19 +56,19 @@ def contrastive_loss(
 def _chunk(
     cosines: Float[Tensor, "c n"], scale: Float[Tensor, ""], targets: Int[Tensor, " c"], label_smoothing: float
 ) -> tuple[Float[Tensor, " c"], Float[Tensor, "c n"]]:
-    """Return each row's cross-entropy, and its slope in each logit."""
+    """Return the cross-entropy of each row, and its derivative with respect to each logit."""
     logits = scale * cosines
     columns = torch.arange(logits.shape[1], device=logits.device)
-    own = (columns == targets[:, None]).to(logits.dtype)
-    target = own * (1 - label_smoothing) + label_smoothing / logits.shape[1]
+    one_hot = (columns == targets[:, None]).to(logits.dtype)
+    target = one_hot * (1 - label_smoothing) + label_smoothing / logits.shape[1]
     log_likelihood = logits.log_softmax(dim=1)
     return -(target * log_likelihood).sum(dim=1), log_likelihood.exp() - target
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of scaled cosines, and its gradient in the same pass, some rows at a time.
+    """Mean cross-entropy of scaled cosines, with its gradient computed in the forward pass, `rows` rows at a time.
 
-    A row of similarities is all that its loss needs, so a chunk of rows gives its gradient and is forgotten.
+    The loss of a row needs only its own similarities, so the similarities of a chunk are freed after its gradient.
     """
 
     @staticmethod
@@ -82,7 +90,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             total += loss.sum(dtype=torch.float64)
             to_queries[part] = slopes @ a
             to_answers.addmm_(slopes.T, q[part])
-        to_scale = (to_queries * q).sum(dtype=torch.float64)  # the cosines, each times its slope
+        to_scale = (to_queries * q).sum(dtype=torch.float64)  # sum of cosine times derivative
         mean = 1 / len(q)
         gradients = (to_queries.mul_(factor * mean), to_answers.mul_(factor * mean), (to_scale * mean).to(scale.dtype))
         ctx.save_for_backward(*gradients)
@@ -100,10 +108,18 @@ def many_positives_loss(
     positives: Bool[Tensor, "b m"],
     scale: Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
-    """Cross-entropy against all answers, averaged over the positives of each query, then over queries.
+    """Return the cross-entropy against all answers, averaged over the positives of each query, then over queries.
 
-    Features are L2-normalized; every query needs a positive. The target is spread evenly over a query's positives, so
-    the loss of a perfect model is the mean log of their number. Source: SupCon (arXiv 2004.11362), equation 2.
+    The target distribution is uniform over a query's positives, so the loss of a perfect model is the mean logarithm
+    of their number.
+
+    Args:
+        queries: features of unit norm.
+        answers: features of unit norm.
+        positives: which answers are positives of each query. Every query needs at least one.
+        scale: inverse temperature, a factor on the cosines.
+
+    Source: SupCon (arXiv 2004.11362), equation 2.
     """
     with torch.autocast(queries.device.type, enabled=False):
         target = positives / positives.sum(dim=1, keepdim=True)

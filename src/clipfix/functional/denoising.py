@@ -1,4 +1,4 @@
-"""The denoising loss of latent diffusion models, and at which noise levels it is asked."""
+"""Losses of latent diffusion models, and the distribution of timesteps at which they are computed."""
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +10,13 @@ def denoising_loss(
     predicted: Float[Tensor, "b c h w"],
     target: Float[Tensor, "b c h w"],
 ) -> Float[Tensor, ""]:
-    """Mean squared error of the prediction in fp32, every row (one draw of noise for one image) weighted alike.
+    """Return the mean squared error of the prediction, in fp32.
 
-    Source: DIVA (arXiv 2407.20171), equation 2, for one or several draws of noise and timestep an image.
-    Departs: the reference calls backward once inside the loop over two draws and once after it, undivided by the
-    accumulation steps, which weighs them 5:1.
+    A row is one draw of noise and timestep for one image; all rows have the same weight.
+
+    Source: DIVA (arXiv 2407.20171), equation 2.
+    Departs: the reference calls backward once inside its loop over two draws and once after it, there without dividing
+    by the accumulation steps, so that the two draws have weights of 5:1.
     """
     return F.mse_loss(predicted.float(), target.float())
 
@@ -25,15 +27,23 @@ def contrastive_denoising_loss(
     negatives: Float[Tensor, "b k c h w"],
     temperature: float,
 ) -> Float[Tensor, ""]:
-    """-log softmax, over positives and negatives, of the anchor's cosine / `temperature` to each positive, averaged.
+    """Return the contrastive loss between the prediction of each image and p positives and k negatives, in fp32.
 
-    Each row flattened; in fp32, every row and positive weighted alike. Where the anchor is as near to all positives and
-    far from all negatives, the loss is log p.
+    It is -log softmax, over positives and negatives, of the anchor's cosine to each positive divided by `temperature`,
+    averaged over rows and positives. If an anchor is equally near to all positives and far from all negatives, its loss
+    is log p.
 
-    Source: DCR (arXiv 2603.04803), from its abstract and its authors' code; the paper's own equation was not at hand.
-    The sum over positives outside of the logarithm is SupCon's (arXiv 2004.11362), equation 2.
+    Args:
+        anchor: prediction under the image's own condition.
+        positives: predictions or targets that it should be near to.
+        negatives: predictions that it should be far from.
+        temperature: divisor of the cosines.
+
+    Source: DCR (arXiv 2603.04803), from its abstract and the authors' code; the equation of the paper was not
+    available. The sum over positives outside of the logarithm follows SupCon (arXiv 2004.11362), equation 2.
     """
-    with torch.autocast(anchor.device.type, enabled=False):  # the nearest two bf16 cosines, over 0.1, lie 0.04 apart
+    # Without mixed precision: neighbouring bf16 cosines, divided by a temperature of 0.1, differ by 0.04.
+    with torch.autocast(anchor.device.type, enabled=False):
         query = F.normalize(anchor.float().flatten(1), dim=-1)
         keys = F.normalize(torch.cat([positives, negatives], dim=1).float().flatten(2), dim=-1)
         likelihoods = (torch.einsum("bd,bkd->bk", query, keys) / temperature).log_softmax(dim=1)
@@ -43,13 +53,18 @@ def contrastive_denoising_loss(
 def logit_normal_timesteps(
     normal: Float[Tensor, "*shape"], mean: float, sd: float, low: int, high: int
 ) -> Int[Tensor, "*shape"]:
-    """Timesteps in [low, high) whose place in between is the sigmoid of a normal variable: the middle comes most often.
+    """Return timesteps in [low, high), distributed as the sigmoid of a normal variable. The middle is most likely.
 
-    `normal` holds standard normal draws. A mean above 0 moves them to more noise, a smaller `sd` gathers them.
+    Args:
+        normal: standard normal draws.
+        mean: mean of the normal variable; above 0, timesteps have more noise.
+        sd: its standard deviation; the smaller it is, the closer the timesteps are to each other.
+        low: first timestep.
+        high: the timestep after the last.
 
     Source: Stable Diffusion 3 (arXiv 2403.03206), section 3.1; GenHancer (arXiv 2503.19480), mean 0 and sd 1.
-    Departs: both draw the time of a rectified flow, which is its share of noise; here it is the share of the timesteps
-    that a diffusion model counts.
+    Departs: both draw the time of a rectified flow, which is its fraction of noise. Here the draw is a fraction of the
+    diffusion model's timesteps.
     """
-    share = (mean + sd * normal).sigmoid()
-    return (low + share * (high - low)).long().clamp(max=high - 1)  # far out the sigmoid is 1
+    fraction = (mean + sd * normal).sigmoid()
+    return (low + fraction * (high - low)).long().clamp(max=high - 1)  # the sigmoid rounds to 1 for large draws

@@ -1,4 +1,4 @@
-"""Images and captions that belong together though the data never paired them."""
+"""Positives among the unpaired images and captions of a batch, found by a reference model."""
 
 from typing import NamedTuple
 
@@ -10,8 +10,8 @@ from torch import Tensor
 class ReferenceFeatures(NamedTuple):
     """Features of n images and of the k captions of each, from a frozen reference CLIP.
 
-    Rows have unit norm, except those of `mean_text`: means of the caption features by which texts are compared with
-    texts. The product of two such means is the mean over all pairs of their captions.
+    Rows have unit norm, except those of `mean_text`, which are means over captions. They serve to compare the captions
+    of two images: the product of two means is the mean cosine over all pairs of their captions.
     """
 
     image: Float[Tensor, "n d"]
@@ -19,6 +19,7 @@ class ReferenceFeatures(NamedTuple):
     mean_text: Float[Tensor, "n d"]
 
     def rows(self, part: slice) -> "ReferenceFeatures":
+        """Return the features of some of the samples."""
         return ReferenceFeatures(self.image[part], self.text[part], self.mean_text[part])
 
 
@@ -32,59 +33,71 @@ class Thresholds(NamedTuple):
 
 
 class Positives(NamedTuple):
-    """Whether image i and caption c of sample j are positives, by condition; a pair may meet several."""
+    """By condition, whether image i and caption c of sample j are positives. A pair may meet several conditions."""
 
-    own: Bool[Tensor, "b n k"]
+    same_sample: Bool[Tensor, "b n k"]
     image_text: Bool[Tensor, "b n k"]
     image_image: Bool[Tensor, "b n k"]
     text_text: Bool[Tensor, "b n k"]
 
     def any(self) -> Bool[Tensor, "b n k"]:
-        return self.own | self.image_text | self.image_image | self.text_text
+        """Return whether a pair meets any of the conditions."""
+        return self.same_sample | self.image_text | self.image_image | self.text_text
 
 
-def own_samples(queries: int, samples: int, first_row: int, device: torch.device) -> Bool[Tensor, "b n"]:
-    """Return where query i is sample `first_row + i`, which may lie outside of the samples, as for a tile of them."""
+def same_samples(queries: int, samples: int, first_row: int, device: torch.device) -> Bool[Tensor, "b n"]:
+    """Return where query i and sample j are the same: j = `first_row + i`.
+
+    With a tile of the samples, `first_row + i` may be negative or above the number of samples; such a query has no
+    entry.
+    """
     rows = torch.arange(queries, device=device)[:, None] + first_row
     return rows == torch.arange(samples, device=device)
 
 
 def mine(queries: ReferenceFeatures, samples: ReferenceFeatures, thresholds: Thresholds, first_row: int) -> Positives:
-    """Return the pairs of b images and n samples that the reference finds alike. Query i is sample `first_row + i`.
+    """Return which captions of n samples are positives of each of b query images, by the reference's cosines.
 
-    An image and a caption of another sample are positives if their similarity is above `image_text`; or above
-    `supported`, if also the two images are alike above `image_image` or the captions of both above `text_text`. Its own
-    captions are positives whatever they say.
+    An image and a caption of another sample are positives if their cosine is above `image_text`. They are also
+    positives if it is above `supported` and either the cosine of the two images is above `image_image`, or that of the
+    two samples' mean captions above `text_text`. An image and its own captions are always positives.
 
-    Source: FFF (arXiv 2405.10286), section 3.2. There is no public code; the nesting is read from the text.
+    Args:
+        queries: features of the b images and their captions.
+        samples: features of the n samples.
+        thresholds: cosines above which a condition holds.
+        first_row: query i is sample `first_row + i`.
+
+    Source: FFF (arXiv 2405.10286), section 3.2. There is no public code; the nesting is our reading of the text.
     """
     pair = torch.einsum("bd,nkd->bnk", queries.image, samples.text)
-    own = own_samples(len(queries.image), len(samples.image), first_row, pair.device)[..., None]
-    images = (queries.image @ samples.image.T > thresholds.image_image)[..., None] & ~own
-    texts = (queries.mean_text @ samples.mean_text.T > thresholds.text_text)[..., None] & ~own
-    image_text, likely = (pair > thresholds.image_text).logical_and_(~own), pair > thresholds.supported
-    return Positives(own.expand_as(pair), image_text, likely & images, likely & texts)
+    same = same_samples(len(queries.image), len(samples.image), first_row, pair.device)[..., None]
+    images = (queries.image @ samples.image.T > thresholds.image_image)[..., None] & ~same
+    texts = (queries.mean_text @ samples.mean_text.T > thresholds.text_text)[..., None] & ~same
+    image_text, likely = (pair > thresholds.image_text).logical_and_(~same), pair > thresholds.supported
+    return Positives(same.expand_as(pair), image_text, likely & images, likely & texts)
 
 
 def thresholds_for(reference: ReferenceFeatures, extra: Thresholds, among: int) -> Thresholds:
-    """Return the cosines above which each condition alone adds `extra` positives to an image, on average.
+    """Return thresholds with which each condition alone adds `extra` positives to an image, on average.
 
-    Cosines of one model mean nothing in another, whose mean may be 0.16 or 0.41; the number of positives does.
+    A cosine that suits one model does not suit another, because the mean cosine of unrelated pairs differs from model
+    to model (0.16 or 0.41, for example). A number of positives suits all models.
 
     Args:
         reference: features of some samples, possibly fewer than a batch has.
         extra: number of positives for each image, by condition, out of `among` samples. Pairs of equal cosine are
-            promoted together or not at all, so there may be fewer.
+            either all positives or none of them, so there may be fewer.
         among: number of samples in a batch.
     """
     samples, captions = reference.text.shape[:2]
-    own = torch.eye(samples, dtype=torch.bool, device=reference.image.device)
+    same = torch.eye(samples, dtype=torch.bool, device=reference.image.device)
     scale = samples * (samples - 1) / (among - 1)
 
     def above(cosines: Float[Tensor, "n n"] | Float[Tensor, "n n k"], count: float) -> float:
-        flat = cosines[~own].flatten()
-        kept = min(round(count * scale), len(flat) - 1)
-        return flat.topk(kept + 1).values[-1].item()
+        flat = cosines[~same].flatten()
+        positives = min(round(count * scale), len(flat) - 1)
+        return flat.topk(positives + 1).values[-1].item()
 
     pair = torch.einsum("id,jkd->ijk", reference.image, reference.text)
     return Thresholds(

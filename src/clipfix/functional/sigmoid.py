@@ -1,4 +1,4 @@
-"""The pairwise sigmoid loss with any number of positives, in memory that grows with the batch and not its square."""
+"""The pairwise sigmoid loss with any number of positives. Its memory grows linearly with the batch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from clipfix.functional.fused import fused
 
-# Which texts of the samples in a slice are positives of which image: [b, slice, k].
-Positives = Callable[[slice], Bool[Tensor, "b t k"]]
+# A function of a slice of the samples: it returns which of their texts are positives of each image, [b, slice, k].
+PositivesOfSlice = Callable[[slice], Bool[Tensor, "b t k"]]
 
 
 def sigmoid_loss(
@@ -20,13 +20,20 @@ def sigmoid_loss(
     text: Float[Tensor, "n k d"],
     scale: Float[Tensor, ""],
     bias: Float[Tensor, ""],
-    positives: Positives,
+    positives: PositivesOfSlice,
     tile: int,
 ) -> Float[Tensor, ""]:
-    """Sum over all images and texts of softplus(-m (scale cos + bias)), m = 1 for positives and -1 for the others.
+    """Return the sum over all images and texts of softplus(-m (scale cos + bias)); m is 1 for positives, else -1.
 
-    Features are L2-normalized. Divide by the images b (as SigLIP does) or by the entries b n k (the paper's mean).
-    `tile` samples are scored at a time and their logits forgotten, so b x tile x k entries are held at once.
+    Divide it by the number of images b (as SigLIP does) or of entries b n k (the mean of the FFF paper).
+
+    Args:
+        image: image features of unit norm.
+        text: text features of unit norm, k for each sample.
+        scale: inverse temperature, a factor on the cosines.
+        bias: offset added to the scaled cosines.
+        positives: returns which texts of a slice of the samples are positives of each image.
+        tile: number of samples whose logits are held at once, b x tile x k entries. It changes no value.
 
     Source: the loss of FFF (arXiv 2405.10286), where 1 / tau = scale and beta = -bias; with each image's own text as
     the one positive it is SigLIP's (arXiv 2303.15343), equation 1.
@@ -39,30 +46,32 @@ def best_bias(
     image: Float[Tensor, "b d"],
     text: Float[Tensor, "n k d"],
     scale: Float[Tensor, ""],
-    positives: Positives,
+    positives: PositivesOfSlice,
     tile: int,
 ) -> Float[Tensor, ""]:
-    """The bias at which the loss is least, to 1e-4: where its slope, which only rises with the bias, is zero.
+    """Return the bias that minimizes `sigmoid_loss`, to within 1e-4. The other arguments are those of the loss.
 
-    Source: FFF (arXiv 2405.10286) starts its offset there; how to find it is ours.
+    The loss is convex in the bias, so bisection finds where its derivative is zero.
+
+    Source: FFF (arXiv 2405.10286) starts its offset there; the search is ours.
     """
-    low, high = -(scale + 30), scale + 30  # beyond these every margin is saturated
+    low, high = -(scale + 30), scale + 30  # the sigmoid is saturated for all entries at these ends
     while high - low > 1e-4:
         middle = ((low + high) / 2).detach().requires_grad_()
         with torch.enable_grad():
-            (slope,) = torch.autograd.grad(sigmoid_loss(image, text, scale, middle, positives, tile), middle)
-        low, high = (middle.detach(), high) if slope < 0 else (low, middle.detach())
+            (derivative,) = torch.autograd.grad(sigmoid_loss(image, text, scale, middle, positives, tile), middle)
+        low, high = (middle.detach(), high) if derivative < 0 else (low, middle.detach())
     return (low + high) / 2
 
 
 def _in_place(
     entries: Float[Tensor, "b m"], positive: Bool[Tensor, "b m"], scale: Float[Tensor, ""], bias: Float[Tensor, ""]
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, "b m"], Float[Tensor, " b"]]:
-    """Return each row's loss, the slope of each entry's loss in its logit, and each row's slopes summed, from cosines.
+    """Return, from cosines, the loss of each row, the derivative of the loss by each logit, and its sum over each row.
 
-    One matrix turns from cosines into logits, then into slopes, so that a tile is held once.
+    The matrix of cosines is overwritten, first by logits and then by derivatives, so that a tile is held only once.
     """
-    sign = positive.to(entries.dtype).mul_(-2).add_(1)  # of the logit in the loss
+    sign = positive.to(entries.dtype).mul_(-2).add_(1)  # -m
     entries.mul_(scale).add_(bias).mul_(sign)
     loss = F.softplus(entries).sum(dim=1)
     entries.sigmoid_().mul_(sign)
@@ -73,7 +82,7 @@ def _in_place(
 def _on_gpu(
     entries: Float[Tensor, "b m"], positive: Bool[Tensor, "b m"], scale: Float[Tensor, ""], bias: Float[Tensor, ""]
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, "b m"], Float[Tensor, " b"]]:
-    """The same as one kernel, which reads each entry once and writes it once."""
+    """Return the same values as `_in_place`, from one kernel that reads and writes each entry once."""
     sign = 1 - 2 * positive.to(entries.dtype)
     margin = (entries * scale + bias) * sign
     slope = margin.sigmoid() * sign
@@ -81,13 +90,16 @@ def _on_gpu(
 
 
 class TiledSigmoid(torch.autograd.Function):
-    """Loss and gradients in one pass over tiles: the loss is a sum of entries, so each tile knows its own gradient."""
+    """The loss and its gradients, in one pass over tiles.
+
+    The loss is a sum over entries, so the gradient of a tile does not depend on the other tiles.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, positives: Positives, tile: int
+        ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, positives: PositivesOfSlice, tile: int
     ) -> Tensor:
-        # Mixed precision stops here: at large scales bf16 logits lie half a unit apart.
+        # Without mixed precision: at large scales neighbouring bf16 logits differ by half a unit.
         with torch.autocast(image.device.type, enabled=False):
             features, total = image.detach(), torch.zeros((), dtype=torch.float64, device=image.device)
             to_image, to_text, to_bias = torch.zeros_like(features), torch.zeros_like(text), torch.zeros_like(total)
@@ -97,14 +109,14 @@ class TiledSigmoid(torch.autograd.Function):
                 positive = positives(part).flatten(1)
                 entries = features @ columns.T
                 loss, entries, slope = (_on_gpu if entries.is_cuda else _in_place)(entries, positive, scale, bias)
-                total += loss.sum(dtype=torch.float64)  # over rows, as a sum in float64 copies its input
+                total += loss.sum(dtype=torch.float64)  # of the rows, because a sum in float64 copies its input
                 to_bias += slope.sum(dtype=torch.float64)
                 if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
                     to_image.addmm_(entries, columns)
                 if ctx.needs_input_grad[1]:
                     to_text[part] = (entries.T @ features).view_as(text[part])
-                del positive, entries  # else they are held while the next tile is mined
-            to_scale = (to_image * features).sum(dtype=torch.float64)  # the cosines, each times its slope
+                del positive, entries  # otherwise they are held while `positives` computes the next tile
+            to_scale = (to_image * features).sum(dtype=torch.float64)  # sum of cosine times derivative
         gradients = (to_image.mul_(scale), to_text.mul_(scale), to_scale.to(scale.dtype), to_bias.to(bias.dtype))
         ctx.save_for_backward(*gradients)
         return total.to(image.dtype)

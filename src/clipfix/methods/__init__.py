@@ -1,1 +1,1 @@
-"""Recipes: one paper, one file, one LightningModule. Start with `base.py`, then `finetune.py`, the one to copy."""
+"""Methods: one LightningModule for each paper. Read `base.py` first, then `finetune.py`, the template to copy."""

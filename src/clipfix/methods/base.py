@@ -1,4 +1,4 @@
-"""The contract of every method: what it reads from a batch, what it trains, and the named loss terms of a batch."""
+"""The base class of all methods: which data a method needs, which weights train, and the loss terms of a batch."""
 
 import math
 from abc import ABC, abstractmethod
@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from clipfix.data.needs import Needs
 from clipfix.functional.contrastive import contrastive_loss
-from clipfix.models.adapters import merged
+from clipfix.models.adapters import merge_adapters
 from clipfix.models.base import Model
 from clipfix.models.clip import Backbone
 from clipfix.models.tokenizer import TokenizeBatch
@@ -27,7 +27,7 @@ from clipfix.training.precision import fp32_products
 from clipfix.training.ranks import Ranks
 from clipfix.training.sharding import local, reshard, shard, shared, unshard
 
-MAX_LOGIT_SCALE = math.log(100)  # CLIP (arXiv 2103.00020), section 2.5: the temperature is kept from growing further.
+MAX_LOGIT_SCALE = math.log(100)  # limit of the inverse temperature: CLIP (arXiv 2103.00020), section 2.5
 
 
 class Method(L.LightningModule, ABC):
@@ -41,12 +41,12 @@ class Method(L.LightningModule, ABC):
         training: `optimizer`, `schedule` and `steps`, as `Training` describes them.
     """
 
-    needs: Needs  # what a batch must carry; the data module checks it before anything runs
+    needs: Needs  # the contents of a batch; the data module checks them before anything runs
 
-    # Keys of the config by which a user can lower memory; the message names them when memory runs out.
+    # Config keys that lower the memory use; the error message names them when memory runs out.
     memory: ClassVar[tuple[str, ...]] = ()
 
-    # A checkpoint holds trained weights only; `on_load_checkpoint` checks that they are exactly those trained here.
+    # A checkpoint has the trained weights only; `on_load_checkpoint` checks that they are those that train here.
     strict_loading = False
 
     def __init__(self, backbone: Backbone, **training: Unpack[Training]):
@@ -67,52 +67,58 @@ class Method(L.LightningModule, ABC):
 
     @abstractmethod
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Return named loss terms of this rank's batch; a step minimizes their sum. Never called if `steps` is 0."""
+        """Return named loss terms of this rank's batch. A step minimizes their sum. Not called if `steps` is 0."""
 
     def wrap(self, backbone: Backbone) -> Model:
-        """Return the model to score, around a backbone that has its pretrained weights. Default: the backbone.
+        """Return the model to score, given a backbone with pretrained weights. Default: the backbone itself.
 
-        A method whose model has state of its own keeps one as `self.model = self.wrap(backbone)`.
+        A method whose model has additional state, such as a few-shot head, sets `self.model = self.wrap(backbone)`.
         """
         return backbone
 
     def start(self, batches: Iterable[dict[str, Any]]) -> None:
-        """Prepare from training batches, once before the first step and not on resume. Default: do nothing.
+        """Initialize from training batches, once before the first step and not on resume. Default: do nothing.
 
-        `batches` are the first ones of the training data, on the device; none of them counts as trained on. They are
-        loaded when they are iterated over.
+        Args:
+            batches: the first batches of the training data, on the device, loaded as they are iterated over. Training
+                starts from the first of them again.
         """
 
     def phases(self) -> list[Phase]:
-        """Return what trains when. Default: all that requires a gradient, from the first step to the last."""
+        """Return the phases of training. Default: one, with all weights that require a gradient."""
         return [Phase(self, 0, self.steps)]
 
     @property
     def scored(self) -> Model:
-        """The model that is scored as it trains: `model` of a method that has a wrapped one, else the backbone."""
+        """The model to score during training: `model` if the method has a wrapped one, else the backbone."""
         return getattr(self, "model", self.backbone)
 
     # -- helpers for subclasses ---------------------------------------------------------------------------------------
 
     def clip_needs(self, *texts: str, count_cut: bool = False) -> Needs:
-        """Return the needs of a method that reads the backbone's images, and texts tokenized for its text tower."""
+        """Return needs: images at the backbone's size, and texts tokenized for its text tower.
+
+        Args:
+            texts: names of the texts.
+            count_cut: also count how many texts do not fit the context.
+        """
         encode = (TokenizeBatch(self.backbone.tokens, texts, count_cut=count_cut),) if texts else ()
         return Needs(self.backbone.image_size, texts, encode)
 
     def tokens(self, batch: Mapping[str, Any], name: str) -> Int[Tensor, "b l"]:
-        """Return the token ids of a named text: those made by the loader, or those of the strings if it made none."""
-        made = batch.get("tokens", {})
-        return made[name] if name in made else self.backbone.tokenize(batch[name])
+        """Return the token ids of a named text, from the loader or, if it has none, from the strings of the batch."""
+        tokens = batch.get("tokens", {})
+        return tokens[name] if name in tokens else self.backbone.tokenize(batch[name])
 
     @property
     def scale(self) -> Float[Tensor, ""]:
-        """The inverse temperature, whole on every rank."""
+        """The inverse temperature, the full value on every rank."""
         return shared(self.backbone.logit_scale).exp()
 
     def contrast(
         self, image: Float[Tensor, "b d"], text: Float[Tensor, "b d"], label_smoothing: float
     ) -> Float[Tensor, ""]:
-        """Return the contrastive loss of this rank's unit-norm rows against those of all ranks."""
+        """Return the contrastive loss of this rank's features, of unit norm, against those of all ranks."""
         return contrastive_loss(
             image,
             text,
@@ -124,24 +130,24 @@ class Method(L.LightningModule, ABC):
         )
 
     def note(self, name: str, value: float | Tensor) -> None:
-        """Log a value of this step beside its losses. Every rank must note the same names."""
+        """Log a value of this step, in addition to its losses. All ranks must use the same names."""
         self.notes[name] = value
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
     def seed_draws(self, batch_number: int) -> None:
-        """Start the random draws of a batch: they depend on (seed, batch_number) alone."""
+        """Seed the random draws of a batch. They depend on the seed of the run and `batch_number` alone."""
         self.ranks.reseed(batch_number, self.device)
 
     def terms(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Return the loss terms of the phase that holds the current step."""
+        """Return the loss terms of the phase that contains the current step."""
         active = [phase for phase in self.phases() if phase.holds(self.global_step)]
-        own_loss = next((phase.loss for phase in active if phase.loss is not None), None)
-        if own_loss is None:
+        phase_loss = next((phase.loss for phase in active if phase.loss is not None), None)
+        if phase_loss is None:
             return self.loss(batch)
-        terms = own_loss(batch)
-        # DDP waits for a gradient of every weight, so weights that rest in this phase get zeros. FSDP2 waits for none,
-        # and holds in parts what no forward pass gathers.
+        terms = phase_loss(batch)
+        # DDP expects a gradient for every weight, so weights that do not train in this phase get zeros. FSDP2 expects
+        # none, and its weights stay sharded unless a forward pass gathers them.
         trained = {weight for phase in active for weight in phase.module.parameters()}
         resting = [w for w in self.parameters() if w.requires_grad and w not in trained and not isinstance(w, DTensor)]
         first = next(iter(terms))
@@ -159,31 +165,31 @@ class Method(L.LightningModule, ABC):
             super().backward(loss, *args, **kwargs)
 
     def matmul_precision(self) -> AbstractContextManager[None]:
-        """Let the losses of a mixed-precision step on a GPU use TF32.
+        """Return a context in which the losses of a mixed-precision step on a GPU use TF32.
 
-        Their features come out of towers in bf16, which has 8 bits where TF32 has 11. Scores are taken outside of a
-        step, in fp32. FFF mines in fp32: which pairs are positives must not depend on rounding.
+        Their features come from towers in bf16, which has a precision of 8 bits; TF32 has 11. Scores are computed
+        outside of a step, in fp32. FFF mines in fp32, because rounding must not change which pairs are positives.
         """
         if self.device.type != "cuda" or self.trainer.precision in ("32-true", "64-true"):
             return nullcontext()
         return fp32_products("high")
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        # The same draws at every check, so that two checks differ by the weights alone.
+        # The same draws in every validation pass, so that two passes differ by the weights alone.
         self.seed_draws(batch_idx)
         self.log_terms("val", self.terms(batch), batch)
 
     def log_terms(self, stage: Literal["train", "val"], terms: dict[str, Tensor], batch: dict[str, Any]) -> Tensor:
-        """Return the sum of the terms; log it and each term.
+        """Return the sum of the terms, and log it and each term.
 
-        In training the mean over ranks is logged every `log_every_n_steps`-th step, with one reduction for all values.
-        In validation the mean over a pass is logged.
+        In training, means over ranks are logged in every `log_every_n_steps`-th step, with one reduction for all
+        values. In validation, means over the whole pass are logged.
         """
         total = torch.stack(list(terms.values())).sum()
         values: dict[str, float | Tensor] = {f"{stage}/{name}": value.detach() for name, value in terms.items()}
         values[f"{stage}/loss"] = total.detach()
         if stage == "train":
-            # A reduction makes all ranks, and the device, wait for each other: not in every step, nor one for a value.
+            # A reduction synchronizes all ranks and the device, so there is one for all values, and not in every step.
             every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
             if self.global_step > 0 and (self.global_step + 1) % max(every, 1):
                 return total
@@ -193,26 +199,28 @@ class Method(L.LightningModule, ABC):
             values = dict(zip(values, reduced, strict=True))
         for name, value in values.items():
             on_bar = name == f"{stage}/loss"
-            self.log(name, value, batch_size=self.share(batch), sync_dist=stage == "val", prog_bar=on_bar)
+            self.log(name, value, batch_size=self.batch_weight(batch), sync_dist=stage == "val", prog_bar=on_bar)
         return total
 
-    def share(self, batch: dict[str, Any]) -> int:
-        """Return the weight of this batch in means over batches and ranks: its number of images times the ranks.
+    def batch_weight(self, batch: dict[str, Any]) -> int:
+        """Return the weight of this batch in means over batches and ranks: images times ranks.
 
-        Lightning divides the sum of this over ranks by their number and drops the remainder. With 8.25 images for each
-        rank, as last batches are uneven, a mean was 3 % too large. So an image counts as often as there are ranks.
+        Lightning divides the sum of the weights by the number of ranks and rounds down. The last batches of ranks may
+        differ in size: with 8.25 images for each rank, a mean was 3 % too large. The factor makes the division exact.
         """
         return len(batch["image"]) * rank_of()[1]
 
     def on_train_batch_end(self, *_: Any) -> None:
-        if self.backbone.logit_scale.requires_grad:  # frozen, it stays as published, even a rounding above the limit
+        if (
+            self.backbone.logit_scale.requires_grad
+        ):  # a frozen temperature stays as published, even if rounding puts it above the limit
             with torch.no_grad():
                 local(self.backbone.logit_scale).clamp_(max=MAX_LOGIT_SCALE)
 
     # -- before the first step ----------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        if self.steps == 0:  # Lightning then starts no training
+        if self.steps == 0:  # Lightning does not call `on_train_start` then
             self.start(self.first_batches())
 
     def on_train_start(self) -> None:
@@ -220,7 +228,7 @@ class Method(L.LightningModule, ABC):
             self.start(self.first_batches())
 
     def first_batches(self) -> Iterator[dict[str, Any]]:
-        """Yield training batches on the device, as a step gets them, without moving on in the data."""
+        """Yield training batches on the device, without changing the position in the data."""
         data: Any = getattr(self.trainer, "datamodule", None)
         position = data.state_dict() if data is not None else {}
         loader: Any = data.train_dataloader() if data is not None else self.trainer.train_dataloader
@@ -230,12 +238,12 @@ class Method(L.LightningModule, ABC):
                 data.load_state_dict(position)
             yield moved
 
-    # -- sharded weights (trainer=fsdp): gathered as `terms` runs, and whole on every rank in validation, where one rank
-    # -- may have more batches than another
+    # -- sharded weights (trainer=fsdp): gathered in each call of `terms`; unsharded during validation, where ranks may
+    # -- differ in their number of batches
 
     def configure_model(self) -> None:
         if self.device_mesh is not None:
-            shard(self, self.device_mesh["data_parallel"])
+            shard(self, self.device_mesh)
             register_fsdp_forward_method(self, "terms")
             self.frozen_rows.hook_again()
 
@@ -245,13 +253,13 @@ class Method(L.LightningModule, ABC):
     def on_validation_epoch_end(self) -> None:
         reshard(self)
 
-    # -- what trains --------------------------------------------------------------------------------------------------
+    # -- optimization --------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         return optimizer_of(self.phases(), self.optimizer_settings, self.schedule, self.frozen_rows.restore)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take the gradient from weights that rest: an optimizer leaves them alone, decay and momentum included."""
+        """Set the gradients of inactive phases to None, so that weight decay and momentum do not move their weights."""
         for phase in self.phases():
             if not phase.holds(self.global_step):
                 for parameter in phase.module.parameters():
@@ -260,39 +268,41 @@ class Method(L.LightningModule, ABC):
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def trained_names(self) -> set[str]:
-        """Return the names of what a checkpoint holds: by default all that requires a gradient."""
+        """Return the names of the weights in a checkpoint. Default: all that require a gradient."""
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep in `state_dict` what others load, weights of a plain CLIP, and in `training` what resuming needs.
+        """Store weights of a plain CLIP in `state_dict`, for other programs, and in `training` those to resume from.
 
-        The two differ with WiSE, which interpolates `state_dict`, and with LoRA, which is merged into it. Equal
-        tensors are stored once.
+        They differ with WiSE, which interpolates `state_dict`, and with LoRA, which is merged into it. Tensors that
+        both share are stored once.
         """
         trained = self.trained_names()
         weights, training = (
             {name: weight for name, weight in state.items() if name in trained}
             for state in (checkpoint["state_dict"], checkpoint.get("training", checkpoint["state_dict"]))
         )
-        checkpoint["state_dict"], checkpoint["training"] = merged(self, weights), training
+        checkpoint["state_dict"], checkpoint["training"] = merge_adapters(self, weights), training
         checkpoint["batches_seen"] = self.batches_seen
         checkpoint["config_yaml"] = self.config_yaml
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["state_dict"] = checkpoint.get("training", checkpoint["state_dict"])  # older files have one alone
-        own, stored = self.state_dict(), checkpoint["state_dict"]
+        checkpoint["state_dict"] = checkpoint.get(
+            "training", checkpoint["state_dict"]
+        )  # older files have only `state_dict`
+        state, stored = self.state_dict(), checkpoint["state_dict"]
         shapes = {name: weight.shape for name, weight in stored.items()}
-        trained = {name: own[name].shape for name in self.trained_names()}
+        trained = {name: state[name].shape for name in self.trained_names()}
         if wrong := {name for name, _ in shapes.items() ^ trained.items()}:
             raise ValueError(
-                f"The checkpoint trains other weights than this config does ({len(wrong)} differ, e.g. {min(wrong)}). "
-                "Use the method and backbone of the run that wrote it; its config is stored in it as config_yaml."
+                f"The checkpoint and this config train different weights ({len(wrong)} differ, e.g. {min(wrong)}). Set "
+                "method and backbone as in the run that wrote the checkpoint; its `config_yaml` holds that config."
             )
         self.batches_seen = checkpoint["batches_seen"]
 
 
 def check_choice(key: str, value: object, *choices: str | None) -> None:
-    """Raise ValueError if `method.<key>` is none of the choices."""
+    """Raise ValueError if `method.<key>` is not one of the choices."""
     if value not in choices:
         names = [choice or "null" for choice in choices]
         raise ValueError(f"method.{key} is {value}: choose {', '.join(names[:-1])} or {names[-1]}.")

@@ -1,4 +1,4 @@
-"""Training a generator: the noise-prediction error of a latent diffusion model on captioned pictures."""
+"""Denoise: trains a latent diffusion model on captioned images."""
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -21,12 +21,20 @@ from clipfix.training.phases import Training
 
 
 class Denoise(Method):
-    """The U-Net and its text encoder learn together to denoise; the backbone rests. It made the tiny generator.
+    """The U-Net and its text encoder are trained together to denoise; the backbone is frozen.
 
-    Feedback is worth what the generator's condition is worth, so validation asks how much the right text lowers the
-    error against no text, and another picture's text raises it: `val/t500_right`, `val/t500_null`, `val/t500_shuffled`.
+    The tiny generator of this package was trained in this way. Feedback is only useful if the generator depends on its
+    condition. Validation therefore logs the error under the image's own text, no text, and another image's text:
+    `val/t500_right`, `val/t500_null`, `val/t500_shuffled`.
 
-    Source: latent diffusion, arXiv 2112.10752, equation 3; texts dropped for guidance, arXiv 2207.12598, section 3.2.
+    Args:
+        diffusion: the model to train.
+        fit_autoencoder: fit the model's `PatchPCA` autoencoder to the first batch.
+        text_dropout: fraction of the texts that are replaced by the empty text.
+        compiled: compile the U-Net with torch.compile.
+        check_timesteps: timesteps at which validation compares texts.
+
+    Source: latent diffusion, arXiv 2112.10752, equation 3. Text dropout, for guidance: arXiv 2207.12598, section 3.2.
     """
 
     no_prompt: Tensor
@@ -57,7 +65,7 @@ class Denoise(Method):
             diffusion.unet.compile(dynamic=False)
 
     def trained_names(self) -> set[str]:
-        """A fitted autoencoder belongs into the checkpoint, though no gradient reaches it."""
+        """Add a fitted autoencoder to the trained weights, although it has no gradient."""
         fitted = {f"diffusion.vae.{name}" for name, _ in self.diffusion.vae.named_parameters()}
         return super().trained_names() | (fitted if self.fit_autoencoder else set())
 
@@ -72,11 +80,13 @@ class Denoise(Method):
         prompts = torch.where(dropped[:, None], self.no_prompt, self.prompts(batch))
         noise = self.ranks.sample(torch.randn, rows=len(latents), shape=latents.shape[1:])
         timesteps = self.ranks.sample(torch.randint, 0, self.diffusion.num_timesteps, rows=len(latents))
-        # On a CPU, fused attention takes many times as long as plain products in the backward pass of bf16.
+        # On a CPU, the backward pass of fused attention in bf16 is many times slower than that of the plain one.
         with sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext():
             return {"denoising": self.error(latents, noise, timesteps, self.diffusion.encode_text(prompts))}
 
-    @torch.compiler.set_stance("force_eager")  # compiling once more, without gradients, takes longer than these steps
+    @torch.compiler.set_stance(
+        "force_eager"
+    )  # compiling again for passes without gradients takes longer than the passes
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self.seed_draws(batch_idx)
         latents = self.diffusion.encode(batch["image"])
@@ -88,12 +98,12 @@ class Denoise(Method):
             timesteps = torch.full((len(latents),), timestep, device=self.device)
             for name, condition in conditions.items():
                 error = self.error(latents, noise, timesteps, condition)
-                self.log(f"val/t{timestep}_{name}", error, batch_size=self.share(batch), sync_dist=True)
+                self.log(f"val/t{timestep}_{name}", error, batch_size=self.batch_weight(batch), sync_dist=True)
 
     def prompts(self, batch: dict[str, Any]) -> Int[Tensor, "b t"]:
-        """Token ids for the generator's text encoder, as the loader made them, or of the strings of a batch without."""
-        made = batch if "prompt" in batch else Prompts(self.diffusion.tokenize)(batch)
-        return made["prompt"].to(self.device)
+        """Return token ids for the generator's text encoder, from the loader or else from the strings of the batch."""
+        source = batch if "prompt" in batch else Prompts(self.diffusion.tokenize)(batch)
+        return source["prompt"].to(self.device)
 
     def error(
         self,
@@ -102,13 +112,13 @@ class Denoise(Method):
         timesteps: Int[Tensor, " b"],
         condition: Float[Tensor, "b t d"],
     ) -> Float[Tensor, ""]:
-        """Mean squared error of what the generator predicts for noisy latents under a condition."""
+        """Return the mean squared error of the generator's prediction for noisy latents under a condition."""
         noisy = self.diffusion.add_noise(latents, noise, timesteps)
         predicted = self.diffusion.predict(noisy, timesteps, condition)
         return denoising_loss(predicted, self.diffusion.target(latents, noise, timesteps))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Beside every checkpoint the generator itself, as the folder that `diffusion.path` takes."""
+        """Also write the generator to the folder `diffusion` beside the checkpoint, for `diffusion.path`."""
         super().on_save_checkpoint(checkpoint)
         callback = self.trainer.checkpoint_callback
         assert isinstance(callback, ModelCheckpoint)
@@ -118,15 +128,15 @@ class Denoise(Method):
 
 
 class Prompts:
-    """Adds `batch["prompt"]`, the token ids of all captions of a picture as one text; for `Needs.encode`."""
+    """Adds `batch["prompt"]`, the token ids of all captions of an image as one text. For `Needs.encode`."""
 
     def __init__(self, tokenize: Callable[[list[str]], Tensor]) -> None:
         self.tokenize = tokenize
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        return {"prompt": self.tokenize(joined_texts(batch))}
+        return {"prompt": self.tokenize(join_captions(batch))}
 
 
-def joined_texts(batch: Mapping[str, Any]) -> list[str]:
-    """All texts of a picture as one: each captioner's caption says other details, together they say most."""
+def join_captions(batch: Mapping[str, Any]) -> list[str]:
+    """Return the captions of each image as one text, because each of them mentions other details."""
     return [". ".join(texts) for texts in by_sample(batch, "caption")]

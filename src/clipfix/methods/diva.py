@@ -1,4 +1,4 @@
-"""DIVA: a frozen text-to-image diffusion model shows CLIP's visual tower what it missed (arXiv 2407.20171)."""
+"""DIVA: trains CLIP's visual tower with feedback from a frozen text-to-image diffusion model (arXiv 2407.20171)."""
 
 from dataclasses import replace
 from functools import partial
@@ -15,36 +15,37 @@ from clipfix.models.clip import Backbone
 from clipfix.models.diffusion import Diffusion
 from clipfix.parts.anchor import Anchor
 from clipfix.parts.condition import CaptionSpace, Condition
-from clipfix.parts.feedback import Feedback, Predict, of_others
+from clipfix.parts.feedback import Feedback, Predict, shifted_condition
 from clipfix.parts.timesteps import Timesteps
 from clipfix.parts.trainable import Trainable
 from clipfix.training.phases import Phase, Training
 
 
 class DIVA(Method):
-    """The visual tower learns to describe an image so well that a frozen diffusion model can denoise it.
+    """The visual tower is trained so that a frozen diffusion model, conditioned on its tokens, can denoise the image.
 
-    Trained are the visual tower, or a part of it, and a projection from CLIP's joint space to the cross-attention
-    space. The text tower and the diffusion model stay bit-identical. The tower runs once for each batch, and all draws
-    of noise and timestep share its tokens.
+    The visual tower, or a part of it, and a projection from CLIP's joint space to the cross-attention space are
+    trained. The text tower and the diffusion model stay bit-identical. The tower runs once for each batch, and all
+    draws of noise and timestep share its tokens.
 
-    Feedback alone does not keep the tower where the text tower expects it. Hence an anchor, a caption loss, and a first
-    phase for the projection alone. Two controls show what the feedback is worth: `shuffled` conditions each image on
-    another one, and `feedback=None` leaves the caption loss alone.
+    Feedback alone lets image features drift away from the text tower. Three options limit that: an anchor, a caption
+    loss, and a first phase in which the projection trains alone. Two controls measure the effect of the feedback:
+    `shuffled` conditions each image on another one, and `feedback=None` trains with the caption loss alone.
 
     Args:
-        condition: makes the condition of each image, `VisualTokens` (paper) or `CaptionSpace`.
-        timesteps: distribution of timesteps, and draws for each image.
+        diffusion: the frozen diffusion model.
+        condition: computes the condition of each image, `VisualTokens` (paper) or `CaptionSpace`.
+        timesteps: distribution of timesteps, and number of draws for each image.
         feedback: loss of the diffusion model, `Denoising` (paper) or `Contrastive` (DCR); None for no feedback.
-        trainable: which weights of the visual tower train.
+        trainable: the weights of the visual tower that train.
         anchor: keeps the tower near the pretrained one; None (paper) for no anchor.
         caption_weight: factor on a contrastive loss with the batch's captions; 0 (paper) for none.
         shuffled: take each image's condition from another image. The control.
 
     Source: DIVA (arXiv 2407.20171), equation 2 and figure 3.
-    Departs: all draws have the same weight (see `denoising_loss`). The VAE gets the image itself, where the authors'
-    code un-normalizes it with the constants of another data set. GenHancer (arXiv 2503.19480) trains its stages as two
-    runs, here they are phases of one run, each with its own schedule.
+    Departs: all draws have the same weight (see `denoising_loss`). The VAE gets the original image; the authors' code
+    reverses CLIP's normalization with the constants of another data set. GenHancer (arXiv 2503.19480) trains its stages
+    as two runs; here they are phases of one run, each with its own schedule.
     """
 
     def __init__(
@@ -70,10 +71,10 @@ class DIVA(Method):
             )
         if feedback is None and (condition.steps or not caption_weight):
             raise ValueError(
-                "method.feedback=null leaves nothing to train the tower or the projection: set method.caption_weight "
-                "above 0 and method.condition.steps=0."
+                "method.feedback is null, so the projection, and without captions the tower, would have no loss: set "
+                "method.caption_weight above 0 and method.condition.steps=0."
             )
-        # The order below is that in which random weights are drawn.
+        # The order of the next lines must not change: it is the order in which random weights are drawn.
         condition.attach(backbone, diffusion, self.ranks)
         condition.projection.requires_grad_(feedback is not None)
         self.condition = condition
@@ -81,21 +82,21 @@ class DIVA(Method):
         if anchor is not None:
             anchor.attach(backbone, self.ranks)
         self.anchor = anchor
-        trainable.wake(backbone)
-        short = ("caption",) if caption_weight or (anchor is not None and anchor.texts) else ()
+        trainable.unfreeze(backbone)
+        caption = ("caption",) if caption_weight or (anchor is not None and anchor.texts) else ()
         size = max(backbone.image_size, diffusion.image_size)
         self.needs = replace(
-            self.clip_needs(*short, *condition.texts), image_size=size, latents=partial(diffusion.latents_of, size)
+            self.clip_needs(*caption, *condition.texts), image_size=size, latents=partial(diffusion.latents_of, size)
         )
 
     def phases(self) -> list[Phase]:
-        """The projection, then the tower; a projection that learns from images goes on beside the tower."""
+        """Return the phase of the projection and that of the tower. They overlap with `VisualTokens`."""
         projection = self.condition.phase(self.steps, self.caption_loss)
         return [projection, Phase(self.backbone, self.condition.steps, self.steps)]
 
     def caption_loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The denoising loss under the captions of each image; the phase in which `CaptionSpace` learns."""
-        predict, target = self.noised(batch)
+        """Return the denoising loss under the captions of each image, from which `CaptionSpace` learns."""
+        predict, target = self.add_noise(batch)
         return {"denoising": denoising_loss(predict(self.condition_of_captions(batch)), target)}
 
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -117,25 +118,26 @@ class DIVA(Method):
         """Return the feedback on the conditions of a batch (equation 2)."""
         views = feedback.views(batch["image"], self.ranks)
         view = None if views is None else self.condition(*self.backbone.visual_tokens(views))
-        predict, target = self.noised(batch)
+        predict, target = self.add_noise(batch)
         if self.shuffled:
-            condition = of_others(condition, self.ranks)
-            view = None if view is None else of_others(view, self.ranks)
+            condition = shifted_condition(condition, self.ranks)
+            view = None if view is None else shifted_condition(view, self.ranks)
         return feedback.loss(predict, target, condition, view, self.ranks)
 
-    def noised(self, batch: dict[str, Any]) -> tuple[Predict, Float[Tensor, "n z y x"]]:
+    def add_noise(self, batch: dict[str, Any]) -> tuple[Predict, Float[Tensor, "n z y x"]]:
         """Draw noise and timesteps for the latents of each image.
 
         Returns:
-            the diffusion model's prediction as a function of the condition [b, m, c], and its target. Both have n =
-            b * draws rows, those of an image side by side.
+            the diffusion model's prediction as a function of the condition [b, m, c], and its target. Both have
+            n = b * draws rows; the draws of an image are adjacent.
         """
         latents = batch["latents"] if "latents" in batch else self.diffusion.encode(batch["image"])
         (rows, *shape), draws = latents.shape, self.timesteps.draws
         noise = self.ranks.sample(torch.randn, rows=rows, shape=(draws, *shape)).flatten(0, 1)
         timesteps = self.timesteps.sample(rows, self.diffusion.num_timesteps, self.ranks).flatten()
         latents = latents.repeat_interleave(draws, dim=0)
-        noisy, target = (make(latents, noise, timesteps) for make in (self.diffusion.add_noise, self.diffusion.target))
+        noisy = self.diffusion.add_noise(latents, noise, timesteps)
+        target = self.diffusion.target(latents, noise, timesteps)
 
         def predict(condition: Float[Tensor, "b m c"]) -> Float[Tensor, "n z y x"]:
             return self.diffusion.predict(noisy, timesteps, condition.repeat_interleave(draws, dim=0))
@@ -143,7 +145,7 @@ class DIVA(Method):
         return predict, target
 
     def texts(self, batch: dict[str, Any], name: str) -> Float[Tensor, "b d"]:
-        """Return features of captions, of unit norm; no gradient reaches the text tower."""
+        """Return features of captions, of unit norm. The text tower is frozen."""
         return F.normalize(self.backbone.encode_text(self.tokens(batch, name)).float(), dim=-1)
 
     @torch.no_grad()
@@ -152,7 +154,7 @@ class DIVA(Method):
         return self.texts(batch, "captions").unflatten(0, (len(batch["image"]), -1)).mean(1)
 
     def condition_of_captions(self, batch: dict[str, Any]) -> Float[Tensor, "b m c"]:
-        """Return the condition of each image by its captions."""
+        """Return the condition of each image, computed from its captions."""
         assert isinstance(self.condition, CaptionSpace)
         return self.condition.of_features(self.mean_captions(batch))
 
@@ -160,13 +162,13 @@ class DIVA(Method):
     def denoising_errors(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return the denoising loss under each image's own condition, another image's, and the null text.
 
-        In a phase that learns from captions, conditions are those of captions.
+        In a phase that learns from captions, the conditions are computed from captions.
         """
         if self.condition.texts and self.global_step < self.condition.steps:
-            own = self.condition_of_captions(batch)
+            right = self.condition_of_captions(batch)
         else:
-            own = self.condition(*self.backbone.visual_tokens(batch["image"]))
-        predict, target = self.noised(batch)
-        null = self.condition.null.expand(len(own), -1, -1)
-        conditions = {"right": own, "shuffled": of_others(own, self.ranks), "null": null}
+            right = self.condition(*self.backbone.visual_tokens(batch["image"]))
+        predict, target = self.add_noise(batch)
+        null = self.condition.null.expand(len(right), -1, -1)
+        conditions = {"right": right, "shuffled": shifted_condition(right, self.ranks), "null": null}
         return {name: denoising_loss(predict(condition), target) for name, condition in conditions.items()}

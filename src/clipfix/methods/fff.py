@@ -1,4 +1,4 @@
-"""FFF: pairs that the data wrongly calls negatives are found and trained as positives (arXiv 2405.10286)."""
+"""FFF: finds false negatives among the pairs of a batch and trains on them as positives (arXiv 2405.10286)."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -13,24 +13,24 @@ from torch import Tensor
 from clipfix.methods.base import Method
 from clipfix.models.clip import Backbone
 from clipfix.parts.mining import Mining, Samples, image_features, text_features
-from clipfix.parts.objective import Objective, counted
+from clipfix.parts.objective import Objective, positives_notes
 from clipfix.training.phases import Training
 from clipfix.training.sharding import unsharded
 
 
 class FFF(Method):
-    """Both towers learn from several captions of each image, and from other pairs of the batch that belong together.
+    """Both towers are trained on several captions of each image and on mined positives.
 
     With one text, no mining and `Softmax`, this is plain contrastive fine-tuning.
 
     Args:
         texts: names of the captions of each image that enter the loss.
-        mining: finds positives among the other samples of the joined batch, all ranks together.
+        mining: finds positives among the other samples of the joined batch of all ranks.
         objective: `Sigmoid` (paper) or `Softmax`.
-        start_scale: inverse temperature at the start; None for the model's own.
+        start_scale: initial inverse temperature; None for the pretrained one.
 
-    Source: FFF (arXiv 2405.10286), sections 3.2 to 3.4. No code was published; where the text leaves a choice, it is a
-    key of the yaml.
+    Source: FFF (arXiv 2405.10286), sections 3.2 to 3.4. No code was published; what the text leaves
+    open is an option of the config.
     """
 
     memory: ClassVar[tuple[str, ...]] = ("method.objective.tile",)
@@ -61,12 +61,12 @@ class FFF(Method):
             backbone.logit_scale.data.fill_(start_scale).log_()
 
     def trained_names(self) -> set[str]:
-        """The cosines found on the first batch belong in the checkpoint, though no gradient reaches them."""
+        """Add the cosines found on the first batch to the trained weights, although they have no gradient."""
         return super().trained_names() | {"mining.cosines"}
 
     @torch.no_grad()
     def start(self, batches: Iterable[dict[str, Any]]) -> None:
-        """Find cosines that give the counts asked for, and the offset that suits the model, on the first batch."""
+        """On the first batch, turn counts into cosines and initialize the objective."""
         batch = next(iter(batches))
         samples = self.mining.fit(self.mining.samples(batch))
         with unsharded(self):
@@ -77,12 +77,12 @@ class FFF(Method):
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         image, text = image_features(self.backbone, batch), self.texts(batch)
         samples, first = self.mining.samples(batch), self.ranks.rank * len(image)
-        own: Samples = samples.rows(slice(first, first + len(image)))
-        counts: dict[str, Any] = defaultdict(int)  # tensors, so that no tile waits for the device
-        of_images = partial(self.mining.positives, own, samples, first, counts=counts)
-        of_texts = partial(self.mining.positives, samples, own, -first, slice(None))
+        of_rank: Samples = samples.rows(slice(first, first + len(image)))
+        counts: dict[str, Any] = defaultdict(int)  # of tensors, so that no tile synchronizes with the device
+        of_images = partial(self.mining.positives, of_rank, samples, first, counts=counts)
+        of_texts = partial(self.mining.positives, samples, of_rank, -first, slice(None))
         term = self.objective(image, text, self.scale, of_images, of_texts, self.ranks)
-        self.notes |= counted(counts, len(image) * samples.captions, samples.size - 1)
+        self.notes |= positives_notes(counts, len(image) * samples.captions, samples.size - 1)
         return {self.objective.name: term}
 
     def texts(self, batch: dict[str, Any]) -> Float[Tensor, "b k d"]:

@@ -1,4 +1,4 @@
-"""Plain CLIP fine-tuning: the control every repair is measured against, and the template to copy."""
+"""Plain CLIP fine-tuning: the control for all repairs, and the template for a new method."""
 
 from typing import Any, Unpack
 
@@ -13,9 +13,14 @@ PARTS = ("visual", "text", "logit_scale")
 
 
 class Finetune(Method):
-    """Contrastive training of the towers named in `train`; whatever is not named stays as it is.
+    """Contrastive training of the parts of CLIP named in `train`; all others are frozen.
 
-    `train: [visual]` is the ceiling that picture-side feedback is judged by: the same tower, supervised.
+    With `train: [visual]`, it is an upper bound for methods that learn from images alone: it trains the same tower with
+    supervision.
+
+    Args:
+        train: parts that train, of `visual`, `text` and `logit_scale`.
+        label_smoothing: as in `torch.nn.functional.cross_entropy`.
 
     Source: CLIP (arXiv 2103.00020), figure 3.
     """

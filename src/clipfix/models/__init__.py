@@ -1,1 +1,1 @@
-"""What can be asked: CLIPs behind a few verbs, and generators as "latents in, predicted noise out"."""
+"""Models: CLIPs with one interface for all architectures, and frozen latent diffusion models."""

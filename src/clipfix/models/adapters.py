@@ -1,4 +1,4 @@
-"""Low-rank adapters beside the linear layers of a tower (LoRA), and how they are merged into its weights."""
+"""Low-rank adapters (LoRA) beside the linear layers of a tower, and merging them into its weights."""
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -6,18 +6,23 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-ADAPTER = "default"  # peft's own name for the only adapter of a model
+ADAPTER = "default"  # the name that peft gives the first adapter of a model
 
 
 def add_lora(visual: nn.Module, rank: int, alpha: int) -> list[nn.Parameter]:
-    """Put adapters beside every linear layer of a tower, in place: W + alpha / rank * B A. Return A and B of each.
+    """Add an adapter to every linear layer of a tower, in place, and return the parameters A and B of each.
 
-    B starts at zero, so the tower computes what it computed before.
+    A layer then computes W + alpha / rank * B A. B starts at zero, so the outputs of the tower do not change.
 
-    Source: LoRA (arXiv 2106.09685), equation 3, by the library peft.
-    Departs: query, key and value, one matrix in open_clip and timm, share one adapter of that rank; the paper, on
-    towers that keep them apart, gives each its own. Convolutions and what is no layer (open_clip's last projection to
-    the joint space) have none.
+    Args:
+        visual: the tower.
+        rank: rank of each adapter.
+        alpha: the output of an adapter is multiplied by alpha / rank.
+
+    Source: LoRA (arXiv 2106.09685), equation 3; the library peft.
+    Departs: query, key and value are one matrix in open_clip and timm, and have one adapter together; the paper has
+    separate matrices, each with an adapter. Convolutions have no adapter, and neither have weights without a layer
+    (open_clip's projection to the joint space).
     """
     for name, module in list(visual.named_modules()):
         if isinstance(module, nn.MultiheadAttention):
@@ -28,10 +33,10 @@ def add_lora(visual: nn.Module, rank: int, alpha: int) -> list[nn.Parameter]:
 
 
 class LinearAttention(nn.Module):
-    """Self-attention of an `nn.MultiheadAttention`, with its very weights, as two linear layers that can be adapted.
+    """Self-attention with the weights of an `nn.MultiheadAttention`, as two linear layers that can have adapters.
 
-    peft has a layer for nn.MultiheadAttention, but it adds the adapter to the frozen weights before a pass and
-    subtracts it afterwards: rounding would let them drift, and a resumed run would miss that drift.
+    peft has a layer for nn.MultiheadAttention, but that layer adds the adapter to the frozen weights before a pass and
+    subtracts it afterwards. Rounding would change the frozen weights, and a resumed run would not have that change.
     """
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
@@ -40,7 +45,7 @@ class LinearAttention(nn.Module):
         assert attention.batch_first
         assert attention.in_proj_weight is not None
         self.heads = attention.num_heads
-        self.in_proj = nn.Linear(width, 3 * width, device="meta")  # filled at once
+        self.in_proj = nn.Linear(width, 3 * width, device="meta")  # the weights are assigned below
         self.in_proj.weight, self.in_proj.bias = attention.in_proj_weight, attention.in_proj_bias
         self.out_proj = nn.Linear(width, width, device="meta")
         self.out_proj.weight, self.out_proj.bias = attention.out_proj.weight, attention.out_proj.bias
@@ -53,14 +58,18 @@ class LinearAttention(nn.Module):
         need_weights: bool = False,
         attn_mask: Tensor | None = None,
     ) -> tuple[Float[Tensor, "b n d"], None]:
+        """Return the attended values, and None instead of attention weights; a mask is added to the scores."""
         assert key is query is value
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in self.in_proj(query).chunk(3, dim=-1))
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask)
         return self.out_proj(mixed.transpose(1, 2).flatten(2)), None
 
 
-def merged(module: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`weights` of `module` with each pair A, B merged into the weight beside it, under its name without adapters."""
+def merge_adapters(module: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return `weights` of `module`, with each adapter A, B merged into the weight of its layer.
+
+    A merged weight has the name that it has in a module without adapters.
+    """
     weights = dict(weights)
     for name, layer in module.named_modules():
         if isinstance(layer, LoraLayer):

@@ -1,20 +1,20 @@
-"""open_clip's self-attention without the copies that `nn.MultiheadAttention` makes around it, on a GPU."""
+"""Self-attention on a GPU without the copies that `nn.MultiheadAttention` makes."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class SelfAttention(nn.MultiheadAttention):
-    """`nn.MultiheadAttention` with the same weights, names and values, faster on a GPU.
+    """A faster `nn.MultiheadAttention` for GPUs, with the same weights, parameter names and values.
 
-    torch's own swaps batch and sequence and lays queries, keys and values out anew: three copies a layer of all that
-    passes through, which flash attention does not need. A call that is not plain self-attention (other keys than
-    queries, weights asked for, padding), or not on a GPU, goes to torch's own.
+    torch's class transposes batch and sequence and copies queries, keys and values: three copies of the activations in
+    each layer, which flash attention does not need. Calls that are not plain self-attention (keys that differ from
+    queries, attention weights, padding), and calls on a CPU, use torch's implementation.
     """
 
     @classmethod
-    def take_over(cls, module: nn.Module) -> None:
-        """Turn every plain batch-first `nn.MultiheadAttention` below a module into this class, weights unchanged."""
+    def convert(cls, module: nn.Module) -> None:
+        """Change the class of every plain batch-first `nn.MultiheadAttention` in a module to this one, in place."""
         for part in module.modules():
             plain = type(part) is nn.MultiheadAttention and part.batch_first and part.in_proj_weight is not None
             if plain and not (part.dropout or part.bias_k is not None or part.add_zero_attn):
@@ -31,7 +31,7 @@ class SelfAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the attended values, shape [b, n, width] as `query`, and None; a mask is added to the scores."""
+        """Return the attended values [b, n, width] and None; arguments are those of `nn.MultiheadAttention`."""
         plain = query is key and key is value and query.is_cuda and query.ndim == 3 and not need_weights
         additive = attn_mask is None or (attn_mask.ndim == 2 and attn_mask.is_floating_point())
         if not (plain and additive) or key_padding_mask is not None or is_causal:

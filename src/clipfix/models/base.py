@@ -1,4 +1,4 @@
-"""What benchmarks may ask of a model: a pair of towers, and capabilities that only some models have."""
+"""The interface of a model: a pair of towers, and capabilities that only some models have."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -9,29 +9,29 @@ from torch import Tensor, nn
 
 
 class Model(nn.Module, ABC):
-    """A pair of towers in one joint space: what every benchmark and every method can rely on."""
+    """A pair of towers with one joint space. All benchmarks and methods use this interface."""
 
-    backbone: Any  # the Backbone inside; of a Backbone, itself
+    backbone: Any  # the wrapped Backbone; a Backbone itself for a Backbone
 
     @property
     def weights(self) -> nn.Module:
-        """The module whose weights identify this model: their hash is stored with its scores."""
+        """The module whose weights identify this model. Their hash is stored with its scores."""
         return self
 
     @property
     @abstractmethod
     def image_size(self) -> int:
-        """Side in pixels of the square images that the visual tower reads."""
+        """Side of the square input images of the visual tower, in pixels."""
 
     @property
     @abstractmethod
     def context_length(self) -> int:
-        """Number of tokens that the text tower reads, start and end token included."""
+        """Number of tokens of a text, including the start and end tokens."""
 
     @property
     @abstractmethod
     def text(self) -> nn.Module:
-        """The text tower. Features of texts are kept as long as its weights do not change."""
+        """The text tower. Text features are cached as long as its weights do not change."""
 
     @abstractmethod
     def encode_image(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
@@ -43,11 +43,11 @@ class Model(nn.Module, ABC):
 
     @abstractmethod
     def tokenize(self, texts: list[str], at_most: int | None = None) -> Int[Tensor, "b l"]:
-        """Return token ids on the model's device, at most `at_most` of each text."""
+        """Return token ids on the model's device, cut to `at_most` tokens for each text."""
 
     @abstractmethod
     def load_trained(self, state: Mapping[str, Tensor]) -> None:
-        """Load what a method trained, under the names of the method's checkpoint.
+        """Load the weights that a method trained, by their names in its checkpoint.
 
         Raises:
             ValueError: if the weights do not fit this model.
@@ -55,10 +55,10 @@ class Model(nn.Module, ABC):
 
 
 class Wrapper(Model):
-    """A model around a backbone, with state of its own: a few-shot head, for example.
+    """A model that adds state, such as a few-shot head, to a backbone.
 
-    A method that has one calls it `model`, so that its state is in the checkpoint as `model.<name>`, beside
-    `backbone.<name>`. A subclass adds state, and overrides what it computes in another way.
+    A method keeps it in the attribute `model`, so that the checkpoint has its state as `model.<name>`, beside
+    `backbone.<name>`. Subclasses add state and override the methods that they compute differently.
     """
 
     def __init__(self, backbone: Any) -> None:
@@ -88,15 +88,15 @@ class Wrapper(Model):
 
     def load_trained(self, state: Mapping[str, Tensor]) -> None:
         self.backbone.load_trained(state)
-        own = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
-        there = self.state_dict()
-        for name, value in own.items():
-            if name not in there or there[name].shape != value.shape:
+        added = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
+        expected = self.state_dict()
+        for name, value in added.items():
+            if name not in expected or expected[name].shape != value.shape:
                 raise ValueError(f"model.{name} of the checkpoint does not fit this model.")
-        self.load_state_dict(own, strict=False)
+        self.load_state_dict(added, strict=False)
 
 
-# -- capabilities: a benchmark that needs one checks for it and refuses other models in one line ----------------------
+# -- capabilities: a benchmark that needs one checks for it, and raises a one-line error for other models --------------
 
 
 @runtime_checkable
@@ -104,16 +104,16 @@ class Patches(Protocol):
     """A model with patch tokens in the joint space."""
 
     def visual_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the image features [b, d] and the patches beside them [b, n, d]."""
+        """Return the image features [b, d] and those of the patches [b, n, d]."""
         ...
 
 
 @runtime_checkable
 class Classifier(Protocol):
-    """A model with a classifier of its own over image features."""
+    """A model with a classifier for image features."""
 
     def class_logits(self, features: Tensor, classes: Sequence[str]) -> Tensor:
-        """Return logits [b, c] of unit-norm image features [b, d], for classes by name."""
+        """Return logits [b, c] of image features [b, d] of unit norm, for classes given by name."""
         ...
 
 

@@ -1,8 +1,8 @@
-"""open_clip behind a few verbs: image, text, visual tokens, tokenize.
+"""Backbone: CLIP models of open_clip with one interface for images, texts, visual tokens and tokenization.
 
-Why a wrapper: images travel as [0, 1] and each model normalizes for itself, every model has a `.visual` and a `.text`
-tower to train or freeze, and no checkpoint is bent into shape silently. What is loaded, and from where,
-pretrained.py finds.
+The wrapper takes images in [0, 1] and normalizes them as each model requires. It gives every model a `.visual` and a
+`.text` tower to train or freeze, and it never resizes the weights of a checkpoint silently. `pretrained.py` finds the
+architecture and the weights.
 """
 
 import json
@@ -27,35 +27,41 @@ from torch.nn import functional as F
 from clipfix.functional.positions import stretch
 from clipfix.models.attention import SelfAttention
 from clipfix.models.base import Model
-from clipfix.models.packed_text import encode_packed, install
+from clipfix.models.packed_text import add_packed_method, encode_packed
 from clipfix.models.pretrained import (
     CONFIG_FILE,
     WEIGHT_FILES,
-    assign,
-    build,
-    describe,
-    fill,
+    assign_weights,
+    build_model,
+    find_config,
     find_folder,
     find_weights,
-    read,
-    tokenizer,
+    load_tokenizer,
+    load_weights,
+    read_weights,
 )
 from clipfix.models.tokenizer import Tokens
-from clipfix.system.files import whole
+from clipfix.system.files import atomic_write
 
 
 class Backbone(Model):
-    """A CLIP: two towers, one temperature, one tokenizer.
+    """A CLIP: a visual tower, a text tower, a temperature and a tokenizer.
 
-    `name` is an open_clip architecture (`ViT-L-14-quickgelu`), a folder of open_clip or transformers (`CLIPModel`,
-    `SiglipModel`), or `hf-hub:org/repo`. `pretrained` is an open_clip tag, a file in any layout that `convert.py`
-    knows (DIVA's and Long-CLIP's own among them), `random`, or null: the folder's own weights, or random ones for an
-    architecture. `context_length` must equal the checkpoint's position table; null takes that of a file. Stretching it
-    is a method's work (Long-CLIP), never a side effect of loading. `text_from` is a folder whose text tower and
-    temperature replace this model's own. `compiled` hands the blocks of both towers to torch.compile: a minute at the
-    start, then faster steps on a GPU (benchmarks/RESULTS.md). It needs a C++ compiler; passes without gradients, few
-    and of other sizes, run as they are. `checkpointing` keeps the activations at block borders alone and computes the
-    others a second time in the backward pass.
+    Args:
+        name: an open_clip architecture (`ViT-L-14-quickgelu`), a folder of open_clip or transformers (`CLIPModel`,
+            `SiglipModel`), or `hf-hub:org/repo`.
+        pretrained: an open_clip tag, a file in a layout that `convert.py` reads (DIVA's and Long-CLIP's among them), or
+            `random`. None loads the weights of a folder, and is `random` for an architecture.
+        context_length: number of tokens of a text. It must equal the checkpoint's position table. None takes it from
+            the file. Loading never stretches the table; that is the work of a method (Long-CLIP).
+        text_from: a folder whose text tower and temperature replace those of this model.
+        compiled: compile the blocks of both towers with torch.compile. It takes a minute at the start, and makes steps
+            on a GPU faster (benchmarks/RESULTS.md). It needs a C++ compiler. Passes without gradients are not compiled.
+        checkpointing: gradient checkpointing: keep activations between blocks only, and compute the others again in
+            the backward pass.
+
+    Raises:
+        ValueError: if the architecture or the weights cannot be found, or do not fit each other.
     """
 
     mean: Tensor
@@ -73,32 +79,32 @@ class Backbone(Model):
         super().__init__()
         self.name = name
         self.folder = find_folder(name)
-        self.config, preprocess = describe(name, self.folder, pretrained)
+        self.config, preprocess = find_config(name, self.folder, pretrained)
         if context_length is not None:
             self.config["text_cfg"]["context_length"] = context_length
         weights = find_weights(name, self.folder, pretrained)
-        state = read(weights, name, self.config) if weights else None
+        state = read_weights(weights, name, self.config) if weights else None
         if state is not None and context_length is None and pretrained is not None:
             rows = len(state.get("text.positional_embedding", ()))
             self.config["text_cfg"]["context_length"] = rows or self.context_length
-        self.model = build(self.config)
+        self.model = build_model(self.config)
         self.preprocess = preprocess | {"size": self.image_size}
         mean, std = (torch.tensor(preprocess[key], dtype=torch.float32).view(3, 1, 1) for key in ("mean", "std"))
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
         if state is not None:
-            fill(self.model, state, weights, name)
+            load_weights(self.model, state, weights, name)
         elif isinstance(self.model.text, TextTransformer):
-            # Words start at nothing: one that training never reads says nothing, and leaves zeros in the file.
+            # From zero, because words that training never reads then add nothing, and zeros compress well in a file.
             nn.init.zeros_(self.model.text.get_parameter("token_embedding.weight"))
         if text_from:
             teacher = Backbone(text_from)
             self.text.load_state_dict(teacher.text.state_dict())
             self.logit_scale.data.copy_(teacher.logit_scale.data)
-        SelfAttention.take_over(self.model)
+        SelfAttention.convert(self.model)
         self.compiled = False
         if self._packs:
-            install(_blocks(self.text), compiled=False)
+            add_packed_method(_blocks(self.text), compiled=False)
         if compiled:
             self.compile_blocks()
         if checkpointing:
@@ -107,20 +113,20 @@ class Backbone(Model):
                 tower.set_grad_checkpointing()
 
     def compile_blocks(self) -> None:
-        """Hand the blocks of both towers to torch.compile, for passes with gradients.
+        """Compile the blocks of both towers with torch.compile, for passes with gradients.
 
-        Block by block: all of a tower share one graph, which takes seconds, where a whole tower takes minutes.
+        All blocks of a tower share one graph, which takes seconds to compile; a whole tower would take minutes.
         """
         self.compiled = True
         towers = [self.visual] if self._packs else [self.visual, self.text]
         for block in [block for tower in towers for block in _blocks(tower)]:
             block.compile(dynamic=False)
         if self._packs:
-            install(_blocks(self.text), compiled=True)
+            add_packed_method(_blocks(self.text), compiled=True)
 
     @property
     def backbone(self) -> "Backbone":  # type: ignore[override]
-        """Itself: what it is to a `Wrapper`."""
+        """This model itself, so that a `Wrapper` and a Backbone are used alike."""
         return self
 
     @property
@@ -143,10 +149,10 @@ class Backbone(Model):
 
     @property
     def image_size(self) -> int:
-        """Side of the square picture that the visual tower reads, in pixels."""
+        """Side of the square input images of the visual tower, in pixels."""
         size = self.model.visual.image_size
         height, width = (size, size) if isinstance(size, int) else size
-        assert height == width, f"{self.name} reads {height} x {width} pictures"
+        assert height == width, f"{self.name} takes images of {height} x {width}"
         return height
 
     @property
@@ -158,19 +164,26 @@ class Backbone(Model):
         return self.config["text_cfg"].get("context_length", open_clip.CLIPTextCfg.context_length)
 
     def stretch(self, keep: int, ratio: int) -> None:
-        """Make the text tower read longer texts: `functional.positions.stretch` on its table, all that hangs on it too.
+        """Stretch the position table of the text tower, and with it the context length.
 
         `save` then writes one ordinary table of the new length.
+
+        Args:
+            keep: number of first rows that do not change.
+            ratio: rows for each of the other rows.
+
+        Raises:
+            ValueError: if the tower has no position table of CLIP's kind, or the arguments do not fit it.
         """
         if not isinstance(self.text, TextTransformer) or self.text.cls_emb is not None:
             raise ValueError(
-                f"backbone.name={self.name} has no position table of CLIP's kind to stretch: choose a model whose text "
-                "tower is open_clip's own (ViT-B-32, ViT-L-14-quickgelu, ViT-B-16-SigLIP, ...)."
+                f"backbone.name={self.name} has no position table that can be stretched: choose a model with the "
+                "text tower of open_clip (ViT-B-32, ViT-L-14-quickgelu, ViT-B-16-SigLIP, ...)."
             )
         self.set_positions(stretch(self.text.positional_embedding.detach(), keep, ratio))
 
     def set_positions(self, table: Float[Tensor, "n d"]) -> None:
-        """Another position table for the text tower; its number of rows is the new context length."""
+        """Replace the position table of the text tower; its number of rows becomes the context length."""
         text: Any = self.text
         text.positional_embedding = nn.Parameter(table.clone())
         text.context_length = text.num_pos = self.config["text_cfg"]["context_length"] = len(table)
@@ -178,17 +191,22 @@ class Backbone(Model):
             text.attn_mask = text.build_causal_mask().to(table.device)
 
     def encode_image(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        """Pictures in [0, 1] to the joint space, not normalized."""
-        with self._stance():
+        """Return features of images in [0, 1] in the joint space, not normalized."""
+        with self._without_compiled_blocks():
             return self.model.encode_image(self._pixels(images))
 
     def visual_tokens(self, images: Float[Tensor, "b 3 h w"]) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b n d"]]:
-        """The image embedding and every patch beside it, both in the joint space, from one pass through the tower.
+        """Return image features and patch features, both in the joint space and not normalized, from one pass.
 
-        A patch has no embedding of its own in CLIP; it takes the road of the pooled token: final norm, projection.
-        Source: DIVA (arXiv 2407.20171) reads its visual condition in this way.
+        CLIP has no features of patches. The patch tokens go through the same layers as the pooled token: the final norm
+        and the projection.
+
+        Raises:
+            ValueError: if the visual tower has no patch tokens in the joint space.
+
+        Source: DIVA (arXiv 2407.20171) computes its visual condition in this way.
         """
-        with self._stance():
+        with self._without_compiled_blocks():
             return self._visual_tokens(self._pixels(images))
 
     def _visual_tokens(self, pixels: Float[Tensor, "b 3 s s"]) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b n d"]]:
@@ -207,42 +225,43 @@ class Backbone(Model):
         )
 
     def encode_text(self, tokens: Int[Tensor, "b l"]) -> Float[Tensor, "b d"]:
-        """Token ids to the joint space, not normalized.
+        """Return features of token ids in the joint space, not normalized.
 
-        A causal tower pools at the end-of-text token, the largest id, and nothing after it can change the feature. So
-        ordinary CLIP towers compute no padding at all (`packed.py`): in a batch of long and short captions, cutting to
-        the longest would leave most of the work to padding. Towers with other blocks are cut to the longest text;
-        open_clip's own forward insists on the full length, hence its four steps are taken here.
+        A causal tower pools at the end token, which has the largest id, and tokens after it cannot change the feature.
+        Ordinary CLIP towers therefore compute no padding at all (`packed_text.py`). Towers with other blocks get texts
+        cut to the longest of the batch; the forward pass of open_clip needs the full length, so its steps are repeated
+        here.
         """
-        with self._stance():
+        with self._without_compiled_blocks():
             return self._encode_text(tokens)
 
     def _encode_text(self, tokens: Int[Tensor, "b l"]) -> Float[Tensor, "b d"]:
         text = self.model.text
-        if not self._cuts:
+        if not self._ignores_padding:
             return self.model.encode_text(tokens)
         if self._packs:
             return encode_packed(text, tokens)
         length = int(tokens.argmax(dim=1).max()) + 1
         tokens = tokens[:, :length]
-        x, mask = text._embeds(tokens)
-        x = text.ln_final(text.transformer(x, attn_mask=mask[:length, :length]))
+        dtype = text.transformer.get_cast_dtype()
+        x = text.token_embedding(tokens).to(dtype) + text.positional_embedding[:length].to(dtype)
+        x = text.ln_final(text.transformer(x, attn_mask=text.attn_mask[:length, :length]))
         return text_global_pool(x, tokens, pool_type="argmax") @ text.text_projection
 
     @property
-    def _cuts(self) -> bool:
-        """Whether what stands behind a text's end token cannot reach its feature."""
+    def _ignores_padding(self) -> bool:
+        """True if tokens after the end token of a text cannot change its feature."""
         text = self.model.text
         causal = isinstance(text, TextTransformer) and text.attn_mask is not None and text.cls_emb is None
         return causal and text.pool_type == "argmax" and isinstance(text.text_projection, nn.Parameter)
 
     @property
     def _packs(self) -> bool:
-        """Whether `encode_packed` computes this text tower."""
-        return self._cuts and all(type(block) is ResidualAttentionBlock for block in _blocks(self.text))
+        """True if `encode_packed` can compute this text tower."""
+        return self._ignores_padding and all(type(block) is ResidualAttentionBlock for block in _blocks(self.text))
 
-    def _stance(self) -> AbstractContextManager[Any]:
-        """Compiled blocks are for training: each other size would be compiled anew, for a few passes."""
+    def _without_compiled_blocks(self) -> AbstractContextManager[Any]:
+        """Return a context for passes without gradients, which run eagerly: each new size would be compiled again."""
         if self.compiled and not torch.is_grad_enabled():
             return torch.compiler.set_stance("force_eager")
         return nullcontext()
@@ -253,50 +272,48 @@ class Backbone(Model):
 
     @property
     def tokens(self) -> Tokens:
-        """The tokenizer at the present context length, apart from the model: a loader's worker can hold it."""
+        """The tokenizer at the current context length. It holds no model, so the loader's workers can use a copy."""
         return Tokens(self.tokenizer, self.context_length)
 
     def load_trained(self, state: Mapping[str, Tensor]) -> None:
-        """Load the weights named `backbone.*` on top of the present ones.
+        """Load the weights named `backbone.*`; other weights of the model do not change.
 
-        A position table of another length, as Long-CLIP's, changes the context length.
+        A position table of another length, such as Long-CLIP's, changes the context length.
         """
         prefix = "backbone."
         weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        positions, own = (
-            weights.get("model.text.positional_embedding"),
-            getattr(self.text, "positional_embedding", None),
-        )
-        if positions is not None and own is not None and positions.shape[1:] == own.shape[1:]:
+        positions = weights.get("model.text.positional_embedding")
+        current = getattr(self.text, "positional_embedding", None)
+        if positions is not None and current is not None and positions.shape[1:] == current.shape[1:]:
             self.set_positions(positions)
         try:
-            unexpected = assign(self, weights, strict=False)
+            unexpected = assign_weights(self, weights, strict=False)
         except RuntimeError as error:
             raise ValueError(str(error).splitlines()[1].strip()) from error
         if unexpected:
-            raise ValueError(f"{unexpected[0]} is not in this one.")
+            raise ValueError(f"{unexpected[0]} is not a weight of this model.")
 
     def as_open_clip(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The weights under the names that open_clip builds from `open_clip_config.json`, and that file's content."""
-        # open_clip's plain CLIP keeps its text tower at the top level; only a "custom text" config has `text.` keys.
+        """Return the weights by the names that open_clip expects, and the content of `open_clip_config.json`."""
+        # Without `custom_text` in the config, open_clip expects the weights of the text tower without `text.`.
         plain = isinstance(self.text, TextTransformer) and not self.config.get("custom_text", False)
         state = {key.removeprefix("text.") if plain else key: value for key, value in self.model.state_dict().items()}
         return state, {"model_cfg": self.config, "preprocess_cfg": self.preprocess}
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float16) -> Path:
-        """Write an open_clip folder: what `backbone.name=<folder>` and open_clip's own `local-dir:` load."""
+        """Write a folder that `backbone.name=<folder>` and `local-dir:` of open_clip load, and return it."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state, described = self.as_open_clip()
         weights = folder / WEIGHT_FILES[0]
-        with whole(weights) as draft:  # the weights may still be read from this very file
+        with atomic_write(weights) as draft:  # because the weights in memory may be mapped from this file
             save_file({key: value.to("cpu", dtype).contiguous() for key, value in state.items()}, draft)
-            draft.chmod(0o644)  # safetensors writes for its owner alone, but folders are shared and shipped
+            draft.chmod(0o644)  # safetensors makes the file readable for its owner only
         (folder / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n")
         return folder
 
     def _pixels(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 s s"]:
-        """What the tower reads: its own size, mean and deviation. Bicubic overshoots at edges, so it is clamped."""
+        """Return images at the size of the tower, normalized. Bicubic interpolation overshoots, hence the clamp."""
         side = self.image_size
         if images.shape[-2:] != (side, side):
             images = F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
@@ -304,19 +321,19 @@ class Backbone(Model):
 
     @cached_property
     def tokenizer(self) -> SimpleTokenizer | HFTokenizer:
-        """Built when the first text comes: some tokenizers live on the hub, and a picture needs none."""
-        return tokenizer(self.name, self.folder, self.config["text_cfg"], self.context_length)
+        """The tokenizer, loaded on first use: some are on the hub, and images need none."""
+        return load_tokenizer(self.name, self.folder, self.config["text_cfg"], self.context_length)
 
 
 def _blocks(tower: Any) -> Iterable[nn.Module]:
-    """The residual blocks of a tower of open_clip or timm; none of one that has no such list (a ResNet, a BERT)."""
+    """Return the residual blocks of a tower of open_clip or timm; none for others (a ResNet, a BERT)."""
     if isinstance(tower, TimmModel):
         return getattr(tower.trunk, "blocks", ())
     return getattr(getattr(tower, "transformer", None), "resblocks", ())
 
 
 def weights_hash(module: nn.Module) -> str:
-    """SHA-256 of the weights by name, shape and fp32 value: the same for the same weights from whatever file."""
+    """Return the SHA-256 of the weights' names, shapes and fp32 values. It does not depend on the file format."""
     digest = sha256()
     for name, weight in sorted(module.state_dict().items()):
         if weight.is_floating_point():

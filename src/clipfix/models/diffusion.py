@@ -1,8 +1,8 @@
-"""A frozen latent diffusion model as "latents in, predicted noise out".
+"""Latent diffusion models: encode images to latents, add noise, and predict it under a condition.
 
-Everything is read from the folder that diffusers itself writes (unet/ vae/ text_encoder/ tokenizer/ scheduler/), so any
-Stable Diffusion 1.x or 2.x, from the hub or from disk, gives feedback without a line of code. The tiny generator that
-ships with this package is such a folder too; only its autoencoder, `PatchPCA`, is ours.
+A model is loaded from a folder in the layout of diffusers (unet/ vae/ text_encoder/ tokenizer/ scheduler/). Stable
+Diffusion 1.x and 2.x work without additional code, from the hub or from disk. The tiny generator of this package is
+such a folder too; its autoencoder is `PatchPCA`.
 """
 
 import json
@@ -28,14 +28,14 @@ from transformers.utils import logging
 from clipfix.models.patch_pca import PatchPCA
 from clipfix.models.tokenizer import clip_tokenizer
 
-logging.disable_progress_bar()  # a bar for the second that a text encoder takes to load breaks the run's own
+logging.disable_progress_bar()  # the bar of a text encoder, which loads in a second, breaks the progress bar of the run
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Parts(NamedTuple):
-    """What a latent diffusion model is made of, in the order of diffusers' folders."""
+    """The components of a latent diffusion model, as in the folders of diffusers."""
 
-    unet: Any  # UNet2DConditionModel; diffusers hides from type checkers that its models are modules
+    unet: Any  # UNet2DConditionModel; for type checkers, models of diffusers are not modules
     vae: Any  # PatchPCA or AutoencoderKL
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
@@ -43,19 +43,23 @@ class Parts(NamedTuple):
 
 
 class Diffusion(nn.Module):
-    """A frozen latent diffusion model: its parameters get no gradient, what enters it does.
+    """A frozen latent diffusion model. Gradients flow through it to its inputs, but not to its parameters.
 
-    The text encoder is only needed to embed texts: where those are known in advance, embed them and
+    The text encoder is only needed to embed texts. If all texts are embedded in advance, save memory with
     `del diffusion.text_encoder`.
 
-    `dtype` is that of its weights, `auto` bf16 where the device has it; what comes out is fp32. `compiled` hands
-    the U-Net's passes that need a gradient to torch.compile; the others, few and of other sizes, run as they are.
-    `checkpointing` keeps the U-Net's activations at block borders alone and computes the rest a second time in the
-    backward pass. Neither changes the values beyond rounding.
+    Args:
+        path: a folder in the layout of diffusers, or the name of a repository on the hub.
+        revision: branch, tag or commit on the hub.
+        dtype: dtype of the weights; `auto` is bf16 if the device supports it. Outputs are fp32.
+        compiled: compile the U-Net with torch.compile, for passes that need a gradient.
+        checkpointing: gradient checkpointing in the U-Net. Neither of the two changes values beyond rounding.
 
-    A folder whose parts do not fit each other, or whose U-Net asks for more than a text, is a ValueError that says so.
+    Raises:
+        ValueError: if the folder cannot be read, its components do not fit each other, or the U-Net needs more than a
+            text as its condition.
 
-    Source: latent diffusion, arXiv 2112.10752; the folder layout is diffusers' own.
+    Source: latent diffusion, arXiv 2112.10752.
     """
 
     def __init__(
@@ -72,13 +76,15 @@ class Diffusion(nn.Module):
         if dtype == "auto":
             dtype = "bf16" if has_bf16() else "fp32"
         elif dtype == "bf16" and torch.cuda.is_available() and not has_bf16():
-            raise ValueError(f"{torch.cuda.get_device_name()} computes nothing in bf16: set diffusion.dtype=fp32.")
+            raise ValueError(
+                f"diffusion.dtype is bf16, which {torch.cuda.get_device_name()} does not support: set it to fp32."
+            )
         weights: dict[str, Any] = {"use_safetensors": True, "torch_dtype": DTYPES[dtype], "low_cpu_mem_usage": False}
         try:
             folder = _folder(path, revision)
             configs = {part: json.loads((folder / part / file).read_text()) for part, file in CONFIG_FILES.items()}
             if not (folder / "tokenizer").is_dir():
-                raise FileNotFoundError(f"no folder {folder / 'tokenizer'}")
+                raise FileNotFoundError(f"there is no folder {folder / 'tokenizer'}")
             _check_fit(path, **configs)
             vae_class = VAES[configs["vae"]["_class_name"]]
             parts = Parts(
@@ -86,46 +92,46 @@ class Diffusion(nn.Module):
                 vae_class.from_pretrained(folder, subfolder="vae", **weights),
                 CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", **weights),
                 CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
-                # Folders name a sampler; the forward process, all that training needs, is DDPM's in each.
+                # A folder names a sampler, but training needs only the forward process, which is that of DDPM in all.
                 DDPMScheduler.from_pretrained(folder, subfolder="scheduler"),
             )
         except (OSError, HFValidationError) as error:
             raise ValueError(
-                f"Cannot load the diffusion model {path!r}: {str(error).splitlines()[0]}\nGive a folder in diffusers' "
-                "layout (unet/ vae/ text_encoder/ tokenizer/ scheduler/): diffusion.path=/folder"
+                f"Cannot load the diffusion model {path!r}: {str(error).splitlines()[0]}\nSet diffusion.path to a "
+                "folder in the layout of diffusers (unet/ vae/ text_encoder/ tokenizer/ scheduler/)."
             ) from error
-        self._take(parts)
+        self._set_parts(parts)
         if compiled:
             self.unet.compile(dynamic=False)
         if checkpointing:
             self.unet.enable_gradient_checkpointing()
 
     @classmethod
-    def of(cls, parts: "Parts") -> "Diffusion":
-        """Return a model of parts that are in memory already."""
-        made = cls.__new__(cls)
-        nn.Module.__init__(made)
-        made._take(parts)
-        return made
+    def from_parts(cls, parts: "Parts") -> "Diffusion":
+        """Return a model of components that are already in memory."""
+        model = cls.__new__(cls)
+        nn.Module.__init__(model)
+        model._set_parts(parts)
+        return model
 
-    def _take(self, parts: "Parts") -> None:
+    def _set_parts(self, parts: "Parts") -> None:
         self.unet, self.vae, self.text_encoder, self.tokenizer, self.scheduler = parts
         self.requires_grad_(False).eval()
         self.prediction_type: str = self.scheduler.config.prediction_type
         self.num_timesteps: int = self.scheduler.config.num_train_timesteps
         self.condition_dim: int = self.unet.config.cross_attention_dim
         self.condition_tokens: int = self.tokenizer.model_max_length
-        # Apart from the model, so that a loader's worker can hold it.
+        # A function without the model, so that the loader's workers can use a copy.
         self.tokenize = partial(_tokenize, self.tokenizer)
-        # An AutoencoderKL halves the side between each two of its blocks.
+        # An AutoencoderKL halves the resolution between its blocks.
         patch = isinstance(self.vae, PatchPCA)
         shrink = self.vae.config.patch_size if patch else 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.image_size: int = self.unet.config.sample_size * shrink
 
     def encode(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c y x"]:
-        """Latents of images in [0, 1]: the mean of the autoencoder's posterior, so that a picture has one latent.
+        """Return latents of images in [0, 1]: the mode of the autoencoder's posterior, which is not random.
 
-        No graph is built, as neither the frozen autoencoder nor the pixels of a batch ask for a gradient.
+        No graph is built, because neither the frozen autoencoder nor the images require a gradient.
         """
         if images.shape[-2:] != (self.image_size, self.image_size):
             images = F.interpolate(images, size=self.image_size, mode="bicubic", antialias=True).clamp(0, 1)
@@ -133,14 +139,18 @@ class Diffusion(nn.Module):
         return posterior.mode().float() * self.vae.config.scaling_factor
 
     def latents_of(self, image_size: int) -> str:
-        """What `encode` depends on besides the picture: the autoencoder, its precision, and `image_size`, the side in
-        pixels of the images it gets. Stored latents are recognised by it.
+        """Return a string that identifies latents: the autoencoder, its precision, and the size of its images.
+
+        It is stored beside latents. Latents with another string are not used.
+
+        Args:
+            image_size: side of the images that `encode` gets, in pixels.
         """
         config: dict[str, Any] = dict(self.vae.config)
-        by_default = config.get("_use_default_values", ())  # other releases of diffusers have other keys
-        told = {key: value for key, value in config.items() if not key.startswith("_") and key not in by_default}
-        told["scaling_factor"] = self.vae.config.scaling_factor  # Stable Diffusion's first folders leave it out
-        digest = blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=8)
+        defaults = config.get("_use_default_values", ())  # left out, because releases of diffusers differ in them
+        settings = {key: value for key, value in config.items() if not key.startswith("_") and key not in defaults}
+        settings["scaling_factor"] = self.vae.config.scaling_factor  # missing in the first folders of Stable Diffusion
+        digest = blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8)
         for name, tensor in sorted(self.vae.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -149,28 +159,28 @@ class Diffusion(nn.Module):
         return f"{autoencoder}, {image_size} px pictures at {self.image_size} px"
 
     def decode(self, latents: Float[Tensor, "b c y x"]) -> Float[Tensor, "b 3 h w"]:
-        """Images in [0, 1] of latents."""
+        """Return images in [0, 1] of latents."""
         images = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
     def condition(self, texts: list[str]) -> Float[Tensor, "b t d"]:
-        """What the U-Net attends to: the text encoder's last hidden states; those of "" are the null text."""
+        """Return the conditions of texts: the last hidden states of the text encoder. Those of "" are the null text."""
         return self.encode_text(self.tokenize(texts).to(self.text_encoder.device))
 
     def encode_text(self, tokens: Int[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
-        """Return the text encoder's last hidden states of token ids, as `tokenize` makes them."""
+        """Return the last hidden states of the text encoder for token ids, as returned by `tokenize`."""
         return self.text_encoder(tokens).last_hidden_state.float()
 
     def add_noise(
         self, latents: Float[Tensor, "b c y x"], noise: Float[Tensor, "b c y x"], timesteps: Int[Tensor, " b"]
     ) -> Float[Tensor, "b c y x"]:
-        """sqrt(abar_t) latents + sqrt(1 - abar_t) noise."""
+        """Return noisy latents: sqrt(abar_t) latents + sqrt(1 - abar_t) noise."""
         return self.scheduler.add_noise(latents, noise, timesteps)
 
     def target(
         self, latents: Float[Tensor, "b c y x"], noise: Float[Tensor, "b c y x"], timesteps: Int[Tensor, " b"]
     ) -> Float[Tensor, "b c y x"]:
-        """What `predict` should have said: the noise, or v = sqrt(abar_t) noise - sqrt(1 - abar_t) latents.
+        """Return the target of `predict`: the noise, or v = sqrt(abar_t) noise - sqrt(1 - abar_t) latents.
 
         Source: v is equation 10 and appendix D of arXiv 2202.00512; Stable Diffusion 2.1 (not 2.1-base) predicts it.
         """
@@ -184,13 +194,19 @@ class Diffusion(nn.Module):
         timesteps: Int[Tensor, " b"],
         condition: Float[Tensor, "b t d"],
     ) -> Float[Tensor, "b c y x"]:
-        """The U-Net's answer, in fp32; its condition may have any number of tokens."""
+        """Return the prediction of the U-Net, in fp32.
+
+        Args:
+            noisy: noisy latents.
+            timesteps: timestep of each row.
+            condition: what the U-Net attends to; any number of tokens.
+        """
         dtype = self.unet.dtype
-        unet = self.unet if torch.is_grad_enabled() else self.unet.forward  # which is never the compiled one
-        # On a CPU, fused attention is slower than plain products in the backward pass of bf16. Activations that
-        # are computed a second time are computed outside of this choice, so checkpointing goes without it.
+        unet = self.unet if torch.is_grad_enabled() else self.unet.forward  # not compiled
+        # On a CPU, the backward pass of fused attention in bf16 is slower than that of the plain one. Checkpointing
+        # recomputes activations outside of this context, so it cannot use it.
         plain = dtype == torch.bfloat16 and noisy.device.type == "cpu" and not self.unet.is_gradient_checkpointing
-        # Weights in half precision need no autocast, which would compute norms in fp32 and cast around each.
+        # Weights in half precision need no autocast, which would cast to fp32 and back around each norm.
         casts = nullcontext() if dtype == torch.float32 else torch.autocast(noisy.device.type, enabled=False)
         with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext(), casts:
             return unet(noisy.to(dtype), timesteps, encoder_hidden_states=condition.to(dtype)).sample.float()
@@ -204,47 +220,54 @@ class Diffusion(nn.Module):
         guidance: float,
         generator: torch.Generator,
     ) -> Float[Tensor, "b 3 h w"]:
-        """Images in [0, 1] drawn under conditions by DDIM, for people to look at: `condition` makes those of texts.
+        """Return images in [0, 1], sampled by DDIM.
 
-        Classifier-free guidance (1: none) leads away from `null`, the condition of no text.
+        Args:
+            condition: condition of each image; those of texts are returned by `condition`.
+            null: condition of the empty text, from which classifier-free guidance leads away.
+            steps: number of denoising steps.
+            guidance: strength of the guidance; 1 for none.
+            generator: draws the initial noise.
 
         Source: DDIM, arXiv 2010.02502; guidance, arXiv 2207.12598.
         """
-        scheduler = DDIMScheduler.from_config(self.scheduler.config, clip_sample=False)  # latents have no bounds
+        scheduler = DDIMScheduler.from_config(self.scheduler.config, clip_sample=False)  # latents are not bounded
         scheduler.set_timesteps(steps, device=self.unet.device)
         rows = len(condition)
         shape = (rows, self.unet.config.in_channels, self.unet.config.sample_size, self.unet.config.sample_size)
         latents = torch.randn(shape, generator=generator, device=generator.device).to(self.unet.device)
         for timestep in scheduler.timesteps:
-            told, untold = (
+            conditional, unconditional = (
                 self.predict(latents, timestep.expand(rows), given) for given in (condition, null.expand(rows, -1, -1))
             )
-            guided = untold + guidance * (told - untold)
+            guided = unconditional + guidance * (conditional - unconditional)
             latents = scheduler.step(guided, timestep, latents).prev_sample
         return self.decode(latents)
 
     def save_pretrained(
         self, folder: str | Path, dtype: torch.dtype, weights: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Write the folder that the constructor reads, in `dtype`: own weights, or those given by name instead."""
+        """Write a folder that the constructor reads, in `dtype`; `weights` replace those of the model by name."""
         parts = self.unet, self.vae, self.text_encoder, self.tokenizer, self.scheduler
         _write(folder, dtype, *parts, weights or {})
 
 
 def _tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Int[Tensor, "b t"]:
-    """Return token ids of texts, cut or padded to the length that the text encoder reads."""
+    """Return token ids of texts, cut or padded to the context length of the text encoder."""
     length = tokenizer.model_max_length
     return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
 
 def has_bf16() -> bool:
-    """Whether the GPU, or without one the CPU, computes in bf16 itself: emulated, it is slower than fp32."""
+    """Return whether the GPU, or the CPU if there is none, has bf16 in hardware. Emulated, it is slower than fp32."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported()
+    if hasattr(torch.cpu, "get_capabilities"):
+        return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+    return torch.cpu._is_avx512_bf16_supported()  # older releases of torch; docs/private-fields.md
 
 
-# What a folder holds beside the tokenizer, each part with the file that describes it.
+# Components of a folder besides the tokenizer, each with its config file.
 CONFIG_FILES = {
     "unet": "config.json",
     "vae": "config.json",
@@ -257,48 +280,58 @@ VAES: dict[str, type[PatchPCA] | type[AutoencoderKL]] = {"PatchPCA": PatchPCA, "
 def _check_fit(
     path: str, unet: dict[str, Any], vae: dict[str, Any], text_encoder: dict[str, Any], scheduler: dict[str, Any]
 ) -> None:
-    """Refuses parts that do not fit each other, from their configs: no weight is read, let alone a step trained."""
+    """Raise ValueError if components do not fit each other. Only configs are read, before any weights."""
     if vae["_class_name"] not in VAES:
-        raise ValueError(f"{path} has a {vae['_class_name']}: diffusion.path takes a model with {' or '.join(VAES)}.")
+        raise ValueError(
+            f"diffusion.path is {path}, which has a {vae['_class_name']}: set it to a model with {' or '.join(VAES)}."
+        )
     prediction_type = scheduler.get("prediction_type", "epsilon")
     if prediction_type not in ("epsilon", "v_prediction"):
         raise ValueError(
-            f"{path} predicts {prediction_type!r}: diffusion.path takes a model of epsilon or v_prediction."
+            f"diffusion.path is {path}, which predicts {prediction_type!r}: set it to a model that predicts epsilon or "
+            "v_prediction."
         )
     if unet.get("addition_embed_type") is not None:  # SDXL
         raise ValueError(
-            f"{path} is told more than a text (addition_embed_type is {unet['addition_embed_type']!r}): "
-            "diffusion.path takes a model of the kind of Stable Diffusion 1.x or 2.x."
+            f"diffusion.path is {path}, which needs more than a text as its condition (addition_embed_type is "
+            f"{unet['addition_embed_type']!r}): set it to a model like Stable Diffusion 1.x or 2.x."
         )
     if unet.get("class_embed_type") is not None:
         raise ValueError(
-            f"{path} is told more than a text (class_embed_type is {unet['class_embed_type']!r}): "
-            "diffusion.path takes a model of the kind of Stable Diffusion 1.x or 2.x."
+            f"diffusion.path is {path}, which needs more than a text as its condition (class_embed_type is "
+            f"{unet['class_embed_type']!r}): set it to a model like Stable Diffusion 1.x or 2.x."
         )
     if not isinstance(unet["sample_size"], int):
         raise ValueError(
-            f"unet/config.json of {path} has the sample_size {unet['sample_size']}: give one whole number."
+            f"diffusion.path is {path}, where sample_size in unet/config.json is {unet['sample_size']}: set that to "
+            "one integer."
         )
     channels, width = vae["latent_channels"], text_encoder["hidden_size"]
     if not unet["in_channels"] == unet["out_channels"] == channels:  # inpainting, depth, upscaling
         raise ValueError(
-            f"The U-Net of {path} reads {unet['in_channels']} channels and answers with {unet['out_channels']}, its "
-            f"autoencoder makes {channels}: diffusion.path takes a text-to-image model, where all three are the same."
+            f"diffusion.path is {path}, whose U-Net has {unet['in_channels']} input and {unet['out_channels']} output "
+            f"channels, and its autoencoder {channels}: set it to a text-to-image model, where all three are equal."
         )
     if unet["cross_attention_dim"] != width:
         raise ValueError(
-            f"The U-Net of {path} attends to a width of {unet['cross_attention_dim']}, its text encoder gives {width}: "
-            "put the text encoder that the U-Net was trained with into the folder."
+            f"diffusion.path is {path}, whose U-Net attends to tokens of width {unet['cross_attention_dim']}, and its "
+            f"text encoder gives {width}: copy the text encoder that the U-Net was trained with into the folder."
         )
 
 
 def blank(
     folder: str, unet: dict[str, Any], vae: dict[str, Any], text_encoder: dict[str, Any], scheduler: dict[str, Any]
 ) -> Diffusion:
-    """A generator with random weights, written to `folder` first: where pretraining starts.
+    """Write a generator with random weights to `folder`, load it and return it. Pretraining starts from it.
 
-    The dictionaries hold what the classes of diffusers and transformers take. Token embeddings start at zero: rows of
-    words that training never meets stay there, and the 49,408 rows of CLIP's vocabulary compress to the few that occur.
+    Token embeddings start at zero, so that rows of words that training never reads compress well in a file.
+
+    Args:
+        folder: where it is written.
+        unet: arguments of `UNet2DConditionModel`.
+        vae: arguments of `PatchPCA`.
+        text_encoder: arguments of `CLIPTextConfig`.
+        scheduler: arguments of `DDPMScheduler`.
     """
     text_model = CLIPTextModel(CLIPTextConfig(**text_encoder))
     nn.init.zeros_(text_model.get_input_embeddings().weight)  # type: ignore[arg-type]
@@ -309,7 +342,7 @@ def blank(
 
 
 def _folder(path: str, revision: str | None) -> Path:
-    """The local folder of a diffusers model; from the hub only the files that are read here."""
+    """Return the local folder of a diffusers model; from the hub, only the files that are needed are downloaded."""
     if Path(path).is_dir():
         return Path(path)
     wanted = ["unet/*", "vae/*", "text_encoder/*", "tokenizer/*", "scheduler/*"]
@@ -328,26 +361,26 @@ def _write(
     weights: Mapping[str, Tensor],
 ) -> None:
     def state(part: str, model: nn.Module) -> dict[str, Tensor]:
-        own = model.state_dict()
-        return {key: weights.get(f"{part}.{key}", tensor).to(dtype, copy=True) for key, tensor in own.items()}
+        current = model.state_dict()
+        return {key: weights.get(f"{part}.{key}", tensor).to(dtype, copy=True) for key, tensor in current.items()}
 
     folder = Path(folder)
     models: dict[str, Any] = {"unet": unet, "vae": vae}
     for name, model in models.items():
-        with torch.device("meta"):  # rather than a copy of the model, which has no copy where its weights are sharded
+        with torch.device("meta"):  # not a copy of the model, because sharded weights cannot be copied
             plain = type(model).from_config(model.config)
         plain.load_state_dict(state(name, model), assign=True)
         plain.save_pretrained(folder / name)
         config = json.loads((folder / name / "config.json").read_text())
-        config.pop("_name_or_path", None)  # where it was loaded from is nobody's business elsewhere
+        config.pop("_name_or_path", None)  # do not store the local path
         (folder / name / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     scheduler.save_pretrained(folder / "scheduler")  # type: ignore[attr-defined]
-    # tokenizer.json holds vocabulary and merges once more, at twice the size, and transformers 4 does without it.
+    # tokenizer.json repeats vocabulary and merges at twice the size, and transformers 4 does not need it.
     for name in tokenizer.save_pretrained(folder / "tokenizer"):
         if name.endswith("tokenizer.json"):
             Path(name).unlink()
     tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))
-    # transformers 5 writes keys without the prefix that every Stable Diffusion folder has and transformers 4 needs.
+    # transformers 5 writes keys without the prefix that folders of Stable Diffusion have and transformers 4 needs.
     prefix = "text_model."
     named = {prefix + key.removeprefix(prefix): tensor for key, tensor in state("text_encoder", text_encoder).items()}
     text_encoder.config.save_pretrained(folder / "text_encoder")

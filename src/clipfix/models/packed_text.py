@@ -1,4 +1,4 @@
-"""A causal text tower on real tokens alone: texts laid end to end, no padding except inside attention."""
+"""Text towers without padding: the tokens of all texts are packed into one sequence."""
 
 from inspect import signature
 from itertools import groupby
@@ -11,49 +11,56 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-try:  # torch 2.11 and later; flash attention on texts of any lengths, on a GPU
+try:  # torch 2.11 and later: flash attention for sequences of different lengths, on a GPU
     from torch.nn.attention.varlen import varlen_attn
 
     HAS_VARLEN = "window_size" in signature(varlen_attn).parameters
 except ImportError:
     HAS_VARLEN = False
 
-# Texts whose lengths fall into the same STEP tokens attend in one padded call: at most 8 calls a layer for 248 tokens.
-# Processor time of ViT-B/32's text tower, forward and backward, 32 long and 32 short captions, best of 3: 17.9 s with
-# 51 groups of equal length, 17.9 s with 8 (STEP 32), 18.2 s with 4 (64), 19.4 s with 2 (128), 21.7 s with one.
+# Texts whose lengths are in the same interval of STEP tokens share one padded call of attention, so a layer has at most
+# 8 calls for 248 tokens. Measured: CPU time of ViT-B/32's text tower, forward and backward, 32 long and 32 short
+# captions, best of 3: 17.9 s with 51 groups of equal length, 17.9 s with 8 (STEP 32), 18.2 s with 4 (64), 19.4 s with
+# 2 (128), 21.7 s with one.
 STEP = 32
 
 
 class Group(NamedTuple):
-    """`texts` neighbours in the pack, padded to `width` for attention; `slots` [n] is where each token goes there."""
+    """`texts` consecutive texts of the pack, padded to `width` tokens for attention.
+
+    `slots` [n] are the positions of their n tokens in the flattened, padded batch.
+    """
 
     texts: int
     width: int
     slots: Tensor
 
 
-class Ends(NamedTuple):
-    """Where each text begins in the pack, and where the last ends: `starts` [b + 1], int32. No text is longer than
-    `longest`."""
+class Offsets(NamedTuple):
+    """The layout for variable-length attention.
+
+    `starts` [b + 1], int32, has the first token of each text and the end of the last; `longest` is an upper bound of
+    the lengths.
+    """
 
     starts: Tensor
     longest: int
 
 
-Layout = list[Group] | Ends
+Layout = list[Group] | Offsets
 
 
-def install(blocks: Any, compiled: bool) -> None:
-    """Give each residual block of a text tower a method `packed`, which `encode_packed` then calls.
+def add_packed_method(blocks: Any, compiled: bool) -> None:
+    """Add a method `packed` to each residual block of a text tower; `encode_packed` calls it.
 
-    A method of the module, so that whoever wraps forward passes (FSDP2) can wrap this one too. With `compiled`,
-    torch.compile runs it where that pays: passes with gradients, on texts laid out for attention in one call; groups
-    of other lengths would be compiled anew in every batch.
+    It is a method of the module so that FSDP2, which wraps forward methods, can wrap it too. With `compiled`, it is
+    compiled for passes with gradients and variable-length attention. Padded groups are not compiled, because their
+    shapes differ in every batch.
     """
     fast = torch.compile(packed_block, dynamic=True) if compiled else packed_block
 
     def packed(block: Any, x: Tensor, layout: Layout, only: Tensor | None) -> Tensor:
-        function = fast if isinstance(layout, Ends) and torch.is_grad_enabled() else packed_block
+        function = fast if isinstance(layout, Offsets) and torch.is_grad_enabled() else packed_block
         return function(block, x, layout, only)
 
     for block in blocks:
@@ -61,7 +68,7 @@ def install(blocks: Any, compiled: bool) -> None:
 
 
 def packed_block(block: Any, x: Float[Tensor, "t w"], layout: Layout, only: Tensor | None) -> Float[Tensor, "n w"]:
-    """One residual block; `only` names the tokens that are read afterwards, and the rest goes no further."""
+    """Return the output of one residual block, for the tokens with the indices `only`, or for all if it is None."""
     mixed = _attention(block.attn, block.ln_1(x), layout)
     if only is not None:
         x, mixed = x.index_select(0, only), mixed.index_select(0, only)
@@ -70,29 +77,34 @@ def packed_block(block: Any, x: Float[Tensor, "t w"], layout: Layout, only: Tens
 
 
 def encode_packed(text: Any, tokens: Int[Tensor, "b l"]) -> Float[Tensor, "b d"]:
-    """Pooled and projected features of open_clip's `TextTransformer`: its own, without computing the padding.
+    """Return the features of texts from open_clip's `TextTransformer`, computed without padding.
 
-    For a tower with a causal mask, ordinary blocks (`ResidualAttentionBlock`), pooled at the largest id, the end token,
-    and projected by a matrix. Nothing behind that token can reach the feature, so only tokens up to it are laid out,
-    [t, width]; attention alone sees texts apart: by torch's variable-length attention on a GPU in half precision, else
-    in groups of similar length. Blocks run by their method `packed` where they have one (`install`).
+    The tower must have a causal mask and ordinary blocks (`ResidualAttentionBlock`), pool at the end token, which has
+    the largest id, and project with a matrix. Tokens after the end token cannot change the feature, so only tokens up
+    to it are packed, [t, width]. Attention is computed within each text: by torch's variable-length attention on a GPU
+    in half precision, otherwise in padded groups of similar length. Blocks that have a method `packed`
+    (`add_packed_method`) are run by it.
+
+    Args:
+        text: the text tower.
+        tokens: token ids, one text in each row.
 
     Source: Patch n' Pack (arXiv 2307.06304) for the packing; grouping by length instead of masking is ours.
     """
     lengths = tokens.argmax(dim=1) + 1
-    known = lengths.tolist()  # the only wait for the device
+    counts = lengths.tolist()  # the only synchronization with the device
     dtype = text.transformer.get_cast_dtype()
     in_one_call = _one_call(tokens, dtype, text.transformer.resblocks[0].attn)
     if in_one_call:
         order = torch.arange(len(tokens), device=tokens.device)
     else:
-        order, known = lengths.argsort(), sorted(known)
-    row = torch.arange(len(tokens), device=tokens.device).repeat_interleave(lengths[order], output_size=sum(known))
+        order, counts = lengths.argsort(), sorted(counts)
+    row = torch.arange(len(tokens), device=tokens.device).repeat_interleave(lengths[order], output_size=sum(counts))
     ends = lengths[order].cumsum(0)
     position = torch.arange(len(row), device=tokens.device) - (ends - lengths[order])[row]
     starts = F.pad(ends, (1, 0)).int()
-    layout: Layout = Ends(starts, tokens.shape[1]) if in_one_call else _groups(known, row, position)
-    pooled = (ends - 1)[order.argsort()]  # each text's end token in the pack, texts as they came
+    layout: Layout = Offsets(starts, tokens.shape[1]) if in_one_call else _groups(counts, row, position)
+    pooled = (ends - 1)[order.argsort()]  # the end token of each text in the pack, in the order of `tokens`
 
     x = text.token_embedding(tokens[order[row], position]).to(dtype)
     x = x + F.embedding(position, text.positional_embedding).to(dtype)
@@ -108,7 +120,7 @@ def encode_packed(text: Any, tokens: Int[Tensor, "b l"]) -> Float[Tensor, "b d"]
 
 
 def _one_call(tokens: Tensor, dtype: torch.dtype, attn: nn.MultiheadAttention) -> bool:
-    """Whether `varlen_attn` computes this: in half precision on a GPU, for heads that flash attention takes."""
+    """Return whether `varlen_attn` supports this: half precision on a GPU, and a head size of flash attention."""
     if not (HAS_VARLEN and tokens.is_cuda):
         return False
     if torch.is_autocast_enabled("cuda"):
@@ -117,7 +129,13 @@ def _one_call(tokens: Tensor, dtype: torch.dtype, attn: nn.MultiheadAttention) -
 
 
 def _groups(lengths: list[int], row: Int[Tensor, " t"], position: Int[Tensor, " t"]) -> list[Group]:
-    """Texts of similar length, from sorted lengths and each token's text and place in it."""
+    """Return groups of texts of similar length.
+
+    Args:
+        lengths: length of each text, ascending.
+        row: the text of each token of the pack.
+        position: the position of each token in its text.
+    """
     groups, text, token = [], 0, 0
     for _, similar in groupby(lengths, key=lambda length: (length - 1) // STEP):
         members = list(similar)
@@ -129,12 +147,12 @@ def _groups(lengths: list[int], row: Int[Tensor, " t"], position: Int[Tensor, " 
 
 
 def _attention(attn: nn.MultiheadAttention, x: Float[Tensor, "t w"], layout: Layout) -> Float[Tensor, "t w"]:
-    """Causal attention within each text, heads joined, not yet projected.
+    """Return causal attention within each text, with heads concatenated, before the output projection.
 
-    In a group padding lies to the right, where no real token looks, so no group needs a mask.
+    The padding of a group is on the right, where causal attention does not read it, so no group needs a mask.
     """
     qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)
-    if isinstance(layout, Ends):
+    if isinstance(layout, Offsets):
         q, k, v = qkv.view(len(x), 3, attn.num_heads, attn.head_dim).unbind(1)
         starts, longest = layout
         mixed = varlen_attn(q, k, v, starts, starts, longest, longest, window_size=(-1, 0))

@@ -13,10 +13,16 @@ from torch import Tensor, nn
 
 
 class PatchPCA(ModelMixin, ConfigMixin):
-    """An autoencoder without training: the principal components of square patches, each scaled by its variance.
+    """An autoencoder in closed form: the principal components of square patches, each scaled by its variance.
 
-    Drawn scenes have few colours and hard edges, so a dozen components of a 4x4 patch keep nearly all of the variance,
-    and a closed form replaces hours of training. Its verbs and outputs are `AutoencoderKL`'s.
+    Drawn scenes have few colours and hard edges, so a dozen components of a 4x4 patch retain nearly all variance, and
+    no training is needed. It has the interface of `AutoencoderKL`.
+
+    Args:
+        patch_size: side of a patch, in pixels.
+        latent_channels: number of components.
+        whitening: 1 gives all components the same variance, 0 leaves their natural proportions.
+        scaling_factor: factor on latents, as in `AutoencoderKL`.
     """
 
     @register_to_config
@@ -29,14 +35,14 @@ class PatchPCA(ModelMixin, ConfigMixin):
     def fit(self, images: Float[Tensor, "b 3 h w"]) -> None:
         """Set both convolutions from images in [-1, 1]: z_i = u_i . (x - colour mean) / s_i.
 
-        s_i^2 is proportional to variance_i^whitening (1: every component alike, 0: their natural proportions), and the
-        latents' mean variance is 1, the scale that noise schedules are made for.
+        s_i^2 is proportional to variance_i^whitening, and the mean variance of the latents is 1, as noise schedules
+        expect.
         """
         config: Any = self.config
-        size, kept = config.patch_size, config.latent_channels
+        size, components = config.patch_size, config.latent_channels
         patches = F.unfold(images.double(), size, stride=size).movedim(1, 2).flatten(0, 1)
         variance, axes = torch.linalg.eigh(torch.cov(patches.T, correction=0))
-        variance, axes = variance.flip(0)[:kept], axes.flip(1)[:, :kept]
+        variance, axes = variance.flip(0)[:components], axes.flip(1)[:, :components]
         scale = variance ** (config.whitening / 2)
         scale = scale * (variance / scale**2).mean().sqrt()
         colour = images.double().mean((0, 2, 3))
@@ -46,11 +52,11 @@ class PatchPCA(ModelMixin, ConfigMixin):
         self.decoder.load_state_dict({"weight": decode, "bias": colour})
 
     def encode(self, images: Float[Tensor, "b 3 h w"]) -> AutoencoderKLOutput:
-        """Latents as a distribution without spread (log-variance -30), so that its mean, mode and samples agree."""
+        """Return latents of images in [-1, 1], as a distribution of almost no variance (its logarithm is -30)."""
         mean = self.encoder(images)
-        spread = torch.full_like(mean, -30)
-        return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(torch.cat([mean, spread], 1)))
+        log_variance = torch.full_like(mean, -30)
+        return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(torch.cat([mean, log_variance], 1)))
 
     def decode(self, latents: Float[Tensor, "b c h w"]) -> DecoderOutput:
-        """Images in [-1, 1]."""
+        """Return images in [-1, 1]."""
         return DecoderOutput(sample=self.decoder(latents))

@@ -1,6 +1,6 @@
-"""Which CLIP: a name, a folder or a file in; its architecture, its preprocessing and its weights out.
+"""Finds the architecture, the preprocessing and the weights of a CLIP, given a name, a folder or a file.
 
-Whatever does not fit is refused here with what would, before anything is trained.
+Names and weights that do not fit each other raise a ValueError that lists what would fit, before anything is trained.
 """
 
 import json
@@ -30,7 +30,7 @@ TRANSFORMERS_WEIGHTS = ("model.safetensors", "model-00001-of-*.safetensors", "py
 
 
 def find_folder(name: str) -> Path | None:
-    """The folder of open_clip or transformers that `backbone.name` points at, if it does."""
+    """Return the folder of open_clip or transformers that `backbone.name` means; None if it is an architecture."""
     if name.startswith("hf-hub:"):
         return _hub_folder(name.removeprefix("hf-hub:"), "*.json", "*.txt", "*.model")
     folder = Path(name.removeprefix("local-dir:")).expanduser()
@@ -38,19 +38,19 @@ def find_folder(name: str) -> Path | None:
         return folder
     if folder.is_dir() or name.startswith("local-dir:"):
         raise ValueError(
-            f"backbone.name={name} is no folder of a CLIP: it holds neither {CONFIG_FILE} (open_clip) nor "
-            f"{TRANSFORMERS_FILE} (transformers)."
+            f"backbone.name={name} is not the folder of a CLIP, because it has neither {CONFIG_FILE} (open_clip) nor "
+            f"{TRANSFORMERS_FILE} (transformers): set it to such a folder or to an architecture of open_clip."
         )
     return None
 
 
-def describe(name: str, folder: Path | None, pretrained: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Architecture and preprocessing, from the folder or from open_clip's lists."""
+def find_config(name: str, folder: Path | None, pretrained: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the configs of the architecture and of the preprocessing, from the folder or from open_clip."""
     if folder and (folder / CONFIG_FILE).is_file():
         described = json.loads((folder / CONFIG_FILE).read_text())
         return described["model_cfg"], asdict(PreprocessCfg(**described.get("preprocess_cfg", {})))
     if folder:
-        return _describe_transformers(name, folder)
+        return _transformers_config(name, folder)
     config = open_clip.get_model_config(name)
     if config is None:
         raise ValueError(
@@ -61,19 +61,19 @@ def describe(name: str, folder: Path | None, pretrained: str | None) -> tuple[di
     tag = open_clip.get_pretrained_cfg(name, pretrained or "")
     if tag and tag.get("quick_gelu", False) != config.get("quick_gelu", False):
         other = name.removesuffix("-quickgelu") if config.get("quick_gelu") else f"{name}-quickgelu"
-        raise ValueError(f"The weights {pretrained} were trained with the other GELU: use backbone.name={other}.")
-    # A file says nothing of its mean and deviation: those that all published weights of this architecture share hold.
+        raise ValueError(f"The weights {pretrained} were trained with the other GELU: set backbone.name={other}.")
+    # A file of weights has no mean and deviation, so take those that all published weights of the architecture share.
     shared: dict[str, Any] = tag or next(iter(tags.values()), {})
     if not tag and any(other["mean"] != shared["mean"] or other["std"] != shared["std"] for other in tags.values()):
         shared = {}
     return config, merge_preprocess_dict(PreprocessCfg(), shared)
 
 
-def _describe_transformers(name: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The same of a transformers folder.
+def _transformers_config(name: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the configs of the architecture and of the preprocessing of a transformers folder.
 
-    Departs: of SigLIP, open_clip's towers compute exact GELU where transformers takes its tanh approximation (text of
-    SigLIP 2 apart), so features are those of the same weights in open_clip.
+    Departs: for SigLIP, open_clip computes exact GELU, where transformers uses the tanh approximation (except in the
+    text tower of SigLIP 2). Features are those of open_clip.
     """
     from transformers import AutoConfig
 
@@ -83,29 +83,35 @@ def _describe_transformers(name: str, folder: Path) -> tuple[dict[str, Any], dic
         try:
             described = convert.clip_architecture(config)
         except ValueError as error:
-            raise ValueError(f"backbone.name={name} has no equal in open_clip: {error}") from error
+            raise ValueError(f"backbone.name={name} has no equivalent in open_clip: {error}") from error
     elif kind == "siglip":
-        known = {other: open_clip.get_model_config(other) for other in open_clip.list_models() if "SigLIP" in other}
-        fitting = [other for other in known.values() if convert.is_siglip_of(config, other)]
-        if not fitting:
-            raise ValueError(f"backbone.name={name} has no equal in open_clip: choose from {', '.join(known)}.")
-        described = fitting[0]
+        candidates = {
+            other: open_clip.get_model_config(other) for other in open_clip.list_models() if "SigLIP" in other
+        }
+        matching = [other for other in candidates.values() if convert.is_siglip_of(config, other)]
+        if not matching:
+            raise ValueError(
+                f"backbone.name={name} has no equivalent in open_clip: choose from {', '.join(candidates)}."
+            )
+        described = matching[0]
     else:
-        raise ValueError(f"backbone.name={name} is a transformers folder of {kind}: only clip and siglip can be read.")
-    # transformers 5 writes the pictures' part of a processor into the processor's own file.
+        raise ValueError(
+            f"backbone.name={name} is a transformers folder of the model type {kind}: set it to one of clip or siglip."
+        )
+    # transformers 5 writes the settings of the image processor into the file of the whole processor.
     files = [folder / "preprocessor_config.json", folder / "processor_config.json"]
     images: dict[str, Any] = next((json.loads(file.read_text()) for file in files if file.is_file()), {})
     images = images.get("image_processor", images)
     if "image_mean" not in images:
         raise ValueError(
-            f"backbone.name={name} does not say how its pictures are normalized: it needs preprocessor_config.json, "
-            "which lies in the folder of the model it was made from."
+            f"backbone.name={name} has no mean and deviation of its images: copy preprocessor_config.json into it, "
+            "from the folder of the model that it was made from."
         )
     return described, asdict(PreprocessCfg(mean=tuple(images["image_mean"]), std=tuple(images["image_std"])))
 
 
-def build(config: dict[str, Any]) -> open_clip.CustomTextCLIP:
-    """An untrained model with separate `.visual` and `.text` towers, whatever the architecture."""
+def build_model(config: dict[str, Any]) -> open_clip.CustomTextCLIP:
+    """Return a model with random weights and separate `.visual` and `.text` towers, for any architecture."""
     config = deepcopy(config)
     config.pop("custom_text", None)
     if "timm_model_name" in config["vision_cfg"]:
@@ -118,10 +124,10 @@ def build(config: dict[str, Any]) -> open_clip.CustomTextCLIP:
 # -- the tokenizer -----------------------------------------------------------------------------------------------------
 
 
-def tokenizer(
+def load_tokenizer(
     name: str, folder: Path | None, text: Mapping[str, Any], context_length: int
 ) -> SimpleTokenizer | HFTokenizer:
-    """What makes ids of texts for this text tower: CLIP's own, or that of the folder or of the hub."""
+    """Return the tokenizer of a text tower: CLIP's, or the one in the folder or on the hub."""
     options = text.get("tokenizer_kwargs", {})
     if (repo := text.get("hf_tokenizer_name")) is None:
         _check_vocabulary(name, folder)
@@ -131,7 +137,7 @@ def tokenizer(
 
 
 def _check_vocabulary(name: str, folder: Path | None) -> None:
-    """CLIP's own tokenizer reads texts for a transformers folder as well, if the folder has CLIP's vocabulary."""
+    """Raise ValueError if a transformers folder has a vocabulary that differs from CLIP's."""
     if folder is None or (folder / CONFIG_FILE).is_file():
         return
     if (folder / "vocab.json").is_file():
@@ -139,17 +145,20 @@ def _check_vocabulary(name: str, folder: Path | None) -> None:
     elif (folder / "tokenizer.json").is_file():
         words = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
     else:
-        raise ValueError(f"backbone.name={name} has no tokenizer: it needs tokenizer.json or vocab.json.")
+        raise ValueError(f"backbone.name={name} has no tokenizer: copy tokenizer.json or vocab.json into the folder.")
     start = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     if words != {start.get(word, word): number for word, number in SimpleTokenizer().encoder.items()}:
-        raise ValueError(f"backbone.name={name} has another vocabulary than CLIP's; such a model cannot be read.")
+        raise ValueError(
+            f"backbone.name={name} has a vocabulary that differs from CLIP's, which is not supported: set it to a "
+            "model with CLIP's vocabulary."
+        )
 
 
 # -- the weights -------------------------------------------------------------------------------------------------------
 
 
 def find_weights(name: str, folder: Path | None, pretrained: str | None) -> Path | None:
-    """The file that `backbone.pretrained` means; None means random weights."""
+    """Return the file that `backbone.pretrained` means; None for random weights."""
     if pretrained == "random" or (pretrained is None and folder is None):
         return None
     if pretrained is None:
@@ -159,15 +168,15 @@ def find_weights(name: str, folder: Path | None, pretrained: str | None) -> Path
         return path
     if path.is_dir():
         raise ValueError(
-            f"backbone.pretrained={pretrained} is a folder, which has its own architecture: set "
+            f"backbone.pretrained={pretrained} is a folder with an architecture of its own: set "
             f"backbone.name={pretrained} backbone.pretrained=null."
         )
     tag = open_clip.get_pretrained_cfg(name, pretrained)
     if not tag:
-        known = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-        own = " For the folder's own weights: backbone.pretrained=null." if folder else ""
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        hint = " To load the weights in the folder, set backbone.pretrained=null." if folder else ""
         raise ValueError(
-            f"backbone.pretrained={pretrained} is neither a file nor a tag of {name}. Its tags: {known}.{own}"
+            f"backbone.pretrained={pretrained} is neither a file nor a tag of {name}. Its tags: {tags}.{hint}"
         )
     if tag.get("hf_hub"):
         return _hub_weights(tag["hf_hub"])
@@ -181,24 +190,26 @@ def _folder_weights(folder: Path | None) -> Path:
     assert folder is not None
     patterns = WEIGHT_FILES if (folder / CONFIG_FILE).is_file() else TRANSFORMERS_WEIGHTS
     for pattern in patterns:
-        if found := sorted(folder.glob(pattern)):
-            return found[0]
-    raise ValueError(f"{folder} holds none of {', '.join(patterns)}. For fresh weights: backbone.pretrained=random.")
+        if files := sorted(folder.glob(pattern)):
+            return files[0]
+    raise ValueError(
+        f"{folder} has none of the files {', '.join(patterns)}. For random weights, set backbone.pretrained=random."
+    )
 
 
 def _hub_weights(repo: str) -> Path:
-    """`org/name/` or `org/name/file`, as open_clip writes it, to a local file; safetensors first."""
+    """Return the local copy of the weights `org/name/` or `org/name/file` on the hub; safetensors are preferred."""
     owner, project, file = [*repo.split("/"), ""][:3]
     for candidate in (file,) if file else (*WEIGHT_FILES, *TRANSFORMERS_WEIGHTS):
-        if found := sorted(_hub_folder(f"{owner}/{project}", candidate).glob(candidate)):
-            return found[0]
-    raise ValueError(f"{repo} holds no weights of a CLIP. Download them and set backbone.pretrained=/path/to/file.")
+        if files := sorted(_hub_folder(f"{owner}/{project}", candidate).glob(candidate)):
+            return files[0]
+    raise ValueError(f"{repo} has no weights of a CLIP. Download some and set backbone.pretrained=/path/to/file.")
 
 
 def _hub_folder(repo: str, *patterns: str) -> Path:
-    """Files of a hub repository, from the cache or the network.
+    """Return the local folder with some files of a hub repository, from the cache or the network.
 
-    One snapshot call fails within a second when there is no network, where open_clip's download retries for a minute.
+    Without a network, `snapshot_download` fails within a second; the download of open_clip retries for a minute.
     """
     try:
         return Path(huggingface_hub.snapshot_download(repo, allow_patterns=list(patterns)))
@@ -209,77 +220,90 @@ def _hub_folder(repo: str, *patterns: str) -> Path:
 def _unfetchable(source: str, error: Exception) -> str:
     reason = str(error).splitlines()[0]
     return (
-        f"Cannot fetch {source} ({reason}). Take the weights from a local file, backbone.pretrained=/path/to/file, "
-        "or everything from a folder of open_clip or transformers, backbone.name=/path/to/folder."
+        f"Cannot fetch {source} ({reason}). Set backbone.pretrained=/path/to/file for weights in a local file, or "
+        "backbone.name=/path/to/folder for a folder of open_clip or transformers."
     )
 
 
-def read(path: Path, name: str, config: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights in a file under the names of a model with two towers."""
+def read_weights(path: Path, name: str, config: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the weights in a file, by the names of a model with separate towers.
+
+    Raises:
+        ValueError: if the file cannot be read as a CLIP, or was trained with another GELU than the config has.
+    """
     stored = convert.read(path)
-    if convert.wants_quick_gelu(stored) and not config.get("quick_gelu", False):
-        other = next(iter(fitting(stored, quick_gelu=True)), f"{name}-quickgelu")
-        raise ValueError(f"{path} holds weights made from OpenAI's, trained with QuickGELU: use backbone.name={other}.")
+    if convert.uses_quick_gelu(stored) and not config.get("quick_gelu", False):
+        other = next(iter(matching_architectures(stored, quick_gelu=True)), f"{name}-quickgelu")
+        raise ValueError(f"{path} was trained with QuickGELU, like OpenAI's weights: set backbone.name={other}.")
     try:
         return convert_to_custom_text_state_dict(convert.to_open_clip(stored))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def assign(module: nn.Module, state: Mapping[str, Tensor], strict: bool = True) -> list[str]:
-    """Puts tensors in the place of a module's own; gives the names that it does not have.
+def assign_weights(module: nn.Module, state: Mapping[str, Tensor], strict: bool = True) -> list[str]:
+    """Assign tensors as the weights of a module, and return the names that the module does not have.
 
-    Large files are mapped into memory, so that a model is there once and not twice. Only what has another type than the
-    module's is copied, into what the module has.
+    Tensors are not copied, so that a file that is mapped into memory is not held twice. Only tensors of another dtype
+    are copied into the module's weights.
     """
-    own = module.state_dict()
-    other = {key for key in own.keys() & state.keys() if state[key].dtype != own[key].dtype}
-    taken = {key: own[key].copy_(weight) if key in other else weight for key, weight in state.items()}
-    return module.load_state_dict(taken, strict, assign=True).unexpected_keys
+    current = module.state_dict()
+    to_cast = {key for key in current.keys() & state.keys() if state[key].dtype != current[key].dtype}
+    weights = {key: current[key].copy_(weight) if key in to_cast else weight for key, weight in state.items()}
+    return module.load_state_dict(weights, strict, assign=True).unexpected_keys
 
 
-def fill(model: open_clip.CustomTextCLIP, state: dict[str, Tensor], path: Path | None, name: str) -> None:
-    """Put a checkpoint into the model, strictly: open_clip's own loader would stretch position tables silently."""
+def load_weights(model: open_clip.CustomTextCLIP, state: dict[str, Tensor], path: Path | None, name: str) -> None:
+    """Load a checkpoint into a model, strictly. The loader of open_clip would stretch position tables silently.
+
+    Raises:
+        ValueError: if names or shapes differ from those of the model.
+    """
     state = convert_to_custom_text_state_dict(convert_state_dict(model, state))
-    own = model.state_dict()
+    expected = model.state_dict()
     for key in ("logit_scale", "logit_bias"):  # (1,) in some published files
-        if key in state and key in own:
-            state[key] = state[key].reshape(own[key].shape)
-    wrong = [key for key, weight in own.items() if key in state and state[key].shape != weight.shape]
+        if key in state and key in expected:
+            state[key] = state[key].reshape(expected[key].shape)
+    wrong = [key for key, weight in expected.items() if key in state and state[key].shape != weight.shape]
     if wrong == ["text.positional_embedding"]:
-        rows, expected = len(state[wrong[0]]), len(own[wrong[0]])
+        rows, length = len(state[wrong[0]]), len(expected[wrong[0]])
         raise ValueError(
-            f"{path}: {wrong[0]} has {rows} rows, {name} expects {expected}: set backbone.context_length={rows}."
+            f"{path}: {wrong[0]} has {rows} rows, {name} expects {length}: set backbone.context_length={rows}."
         )
     if wrong:
-        shapes = f"{wrong[0]} is {tuple(state[wrong[0]].shape)}, {name} expects {tuple(own[wrong[0]].shape)}"
-        choices = " or ".join(fitting(state)) or "the architecture that it was trained as, or a folder of it"
-        raise ValueError(f"{path} is another architecture: {shapes}. Choose backbone.name={choices}.")
+        shapes = f"{wrong[0]} is {tuple(state[wrong[0]].shape)}, {name} expects {tuple(expected[wrong[0]].shape)}"
+        choices = " or ".join(matching_architectures(state)) or "the architecture that was trained, or a folder of it"
+        raise ValueError(f"{path} has another architecture: {shapes}. Set backbone.name={choices}.")
     try:
-        assign(model, state)
+        assign_weights(model, state)
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit backbone.name={name}: {error}") from error
 
 
-def fitting(state: dict[str, Tensor], quick_gelu: bool = False) -> list[str]:
-    """Architectures of open_clip with weights of exactly these shapes; the length of texts alone may differ."""
+def matching_architectures(state: dict[str, Tensor], quick_gelu: bool = False) -> list[str]:
+    """Return the architectures of open_clip with weights of these shapes; only the context length may differ.
+
+    Args:
+        state: the weights, in any layout that `convert.py` reads.
+        quick_gelu: only return architectures with QuickGELU.
+    """
     shapes = _shapes(convert_to_custom_text_state_dict(convert.to_open_clip(state)))
-    fitting = []
+    matching = []
     for name in open_clip.list_models():
         config = open_clip.get_model_config(name)
         text = {"vocab_size": open_clip.CLIPTextCfg.vocab_size, "width": open_clip.CLIPTextCfg.width}
         text |= config["text_cfg"]
-        # Before anything is built: a text tower of another size, or one that lives on the hub.
+        # Skip those with another text tower, or one from the hub, before a model is built.
         if shapes.get("text.token_embedding.weight") != (text["vocab_size"], text["width"]) or "hf_model_name" in text:
             continue
         if shapes.get("text.text_projection", (0, config["embed_dim"]))[1] != config["embed_dim"]:
             continue
         if config.get("quick_gelu", False) or not quick_gelu:
             with torch.device("meta"):
-                own = build(config).state_dict()
-            if _shapes(own) == shapes:
-                fitting.append(name)
-    return fitting
+                candidate = build_model(config).state_dict()
+            if _shapes(candidate) == shapes:
+                matching.append(name)
+    return matching
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""Token ids of texts: as a text tower reads them, and CLIP's own tokenizer as transformers reads it."""
+"""Tokenization of texts for a text tower, and CLIP's tokenizer as an object of transformers."""
 
 import gzip
 from collections.abc import Callable, Mapping
@@ -15,26 +15,26 @@ from transformers import CLIPTokenizer
 
 
 class Tokens:
-    """Turns texts into token ids of one length. It holds no model, so a loader's worker can hold a copy.
+    """Converts texts to token ids of one length. It holds no model, so the loader's workers can use a copy.
 
     Args:
         tokenizer: open_clip's tokenizer of the text tower, `(texts, context_length) -> ids`.
-        context_length: tokens that the tower reads; longer texts are cut, and keep their end token as far as the
-            tokenizer gives one.
+        context_length: number of tokens that the tower reads. Longer texts are cut; their end token is kept, if the
+            tokenizer has one.
     """
 
     def __init__(self, tokenizer: Callable[[list[str], int], Tensor], context_length: int) -> None:
         self.tokenizer, self.context_length = tokenizer, context_length
-        self.padding = int(tokenizer([""], context_length)[0, -1])  # fills the context behind a text
+        self.padding = int(tokenizer([""], context_length)[0, -1])  # the id that fills the context after a text
 
     def __call__(self, texts: list[str], at_most: int | None = None) -> Int[Tensor, "b l"]:
-        """Return ids padded to the context length; `at_most` cuts each text after so many tokens before that."""
+        """Return ids padded to the context length; `at_most` first cuts each text to that number of tokens."""
         tokens = self.tokenizer(texts, min(at_most or self.context_length, self.context_length))
         return F.pad(tokens, (0, self.context_length - tokens.shape[1]), value=self.padding)
 
     def cut_share(self, texts: list[str], tokens: Int[Tensor, "b l"]) -> float:
-        """Return the share of the texts, tokenized as `tokens`, that did not fit the context."""
-        full = (tokens[:, -1] != self.padding).tolist()  # only these need a second look
+        """Return the fraction of `texts`, of which `tokens` are the ids, that did not fit the context."""
+        full = (tokens[:, -1] != self.padding).tolist()  # only these can be longer than the context
         if not any(full):
             return 0.0
         longer = self.tokenizer(list(compress(texts, full)), self.context_length + 1)
@@ -42,9 +42,13 @@ class Tokens:
 
 
 class TokenizeBatch:
-    """Adds `batch[key][name]`, the token ids of each named text. For `Needs.encode`: it runs in the loader's workers.
+    """Adds the token ids of each named text as `batch[key][name]`. For `Needs.encode`, in the loader's workers.
 
-    With `count_cut`, `batch["cut"][name]` is the share of texts that did not fit the context.
+    Args:
+        tokens: the tokenizer.
+        names: names of the texts.
+        key: entry of the batch for the token ids.
+        count_cut: also add `batch["cut"][name]`, the fraction of texts that did not fit the context.
     """
 
     def __init__(self, tokens: Tokens, names: tuple[str, ...], key: str = "tokens", count_cut: bool = False) -> None:
@@ -60,9 +64,10 @@ class TokenizeBatch:
 
 @cache
 def byte_pairs() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """CLIP's vocabulary and merges as transformers spells them, from the merges file that open_clip ships.
+    """Return CLIP's vocabulary and merges in the form of transformers, from the merges file of open_clip.
 
-    The order is that of OpenAI's release: 256 byte symbols, the same as word ends, one word piece a merge, two marks.
+    The order is that of OpenAI's release: 256 byte symbols, the same symbols at the end of a word, one piece for each
+    merge, the start and the end token.
     """
     packed = files("open_clip") / "bpe_simple_vocab_16e6.txt.gz"
     lines = gzip.decompress(packed.read_bytes()).decode().split("\n")
@@ -74,7 +79,7 @@ def byte_pairs() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def clip_tokenizer(context_length: int, pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
-    """Tokens of CLIP's vocabulary, as many as `context_length` marks included; transformers' reader, no download."""
+    """Return CLIP's tokenizer as an object of transformers, without a download; it cuts texts to `context_length`."""
     vocab, merges = byte_pairs()
-    pairs: Any = merges  # its signature knows no pairs, its docstring and code do
+    pairs: Any = merges  # its type annotation has no pairs, but its docstring and code do
     return CLIPTokenizer(vocab=vocab, merges=pairs, model_max_length=context_length, pad_token=pad_token)

@@ -1,4 +1,4 @@
-"""The objects that methods are made of. `conf/<part>/*.yaml` chooses a class of `parts/<part>.py`.
+"""The objects that methods are composed of. `conf/<part>/*.yaml` chooses a class of `parts/<part>.py`.
 
-Each part is constructed from its settings alone and checks them; a method then gives it the models that it works on.
+The constructor of a part takes its settings alone and checks them. `attach` then gives it the models that it needs.
 """

@@ -1,4 +1,4 @@
-"""What keeps a trained visual tower near the pretrained one."""
+"""Anchors: losses that keep a trained visual tower near the pretrained one."""
 
 import copy
 from abc import ABC, abstractmethod
@@ -20,7 +20,7 @@ class Anchor(nn.Module, ABC):
         weight: factor on the loss term.
     """
 
-    texts: tuple[str, ...] = ()  # of the batch, which the distance needs
+    texts: tuple[str, ...] = ()  # names of the batch's texts that the distance needs
 
     def __init__(self, weight: float) -> None:
         super().__init__()
@@ -39,7 +39,14 @@ class Anchor(nn.Module, ABC):
         text: Float[Tensor, "b d"] | None,
         scale: Float[Tensor, ""],
     ) -> Float[Tensor, ""]:
-        """Return the weighted distance of unit-norm features of images; `text` has those of the batch's captions."""
+        """Return the weighted distance between the features of the trained tower and the original ones.
+
+        Args:
+            images: the images, in [0, 1].
+            features: their features from the trained tower, of unit norm.
+            text: features of the batch's captions, of unit norm; None if `texts` is empty.
+            scale: inverse temperature.
+        """
         with torch.no_grad():
             original = F.normalize(self.original.encode_image(images).float(), dim=-1)
         return self.weight * self.distance(features, original, text, scale)
@@ -52,11 +59,11 @@ class Anchor(nn.Module, ABC):
         text: Float[Tensor, "b d"] | None,
         scale: Float[Tensor, ""],
     ) -> Float[Tensor, ""]:
-        """Return the distance of features from the original ones."""
+        """Return the distance between features and the original ones; arguments as in `forward`."""
 
 
 class FeatureAnchor(Anchor):
-    """1 - cosine of each feature and its original; see `feature_drift`."""
+    """The mean of 1 - cosine between each feature and its original; see `feature_drift`."""
 
     def distance(
         self,

@@ -1,7 +1,7 @@
-"""The condition that a diffusion model gets from CLIP: visual tokens, projected to its cross-attention space."""
+"""Conditions of a diffusion model: visual tokens of CLIP, projected to its cross-attention space."""
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ class Condition(nn.Module, ABC):
     """
 
     null: Tensor  # [t, c], the condition of the empty text
-    texts: tuple[str, ...] = ()  # of the batch, which the projection learns from
+    texts: tuple[str, ...] = ()  # names of the batch's texts that the projection learns from
 
     def __init__(self, tokens: int, steps: int, lr: float | None) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Condition(nn.Module, ABC):
     def attach(self, backbone: Backbone, diffusion: Diffusion, ranks: Ranks) -> None:
         """Create the projection between two models, with random weights.
 
-        From zero, all tokens on top of the mean null text would start equal, and stay equal for ever.
+        With zero weights, all tokens of a condition on the mean null text would start equal and stay equal.
         """
         self.ranks = ranks
         self.projection = nn.Linear(backbone.embed_dim, self.tokens * diffusion.condition_dim)
@@ -45,14 +45,24 @@ class Condition(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, pooled: Float[Tensor, "b d"], patches: Float[Tensor, "b n d"]) -> Float[Tensor, "b m c"]:
-        """Return the condition of each image, from its embedding and its patches in the joint space."""
+        """Return the condition of each image.
+
+        Args:
+            pooled: image features in the joint space.
+            patches: features of the patches in the joint space.
+        """
 
     def phase(self, steps: int, caption_loss: Any) -> Phase:
-        """Return when the projection trains in a run of `steps`."""
+        """Return the phase of a run of `steps` optimizer steps in which the projection trains.
+
+        Args:
+            steps: optimizer steps of the run.
+            caption_loss: the loss of a phase that learns from captions.
+        """
         return Phase(self, 0, steps, self.lr)
 
     def project(self, features: Float[Tensor, "b n d"], null_text: str) -> Float[Tensor, "b m c"]:
-        """Return features of the joint space as tokens of the cross-attention space, on top of the null text."""
+        """Return features of the joint space as tokens of the cross-attention space, added to the null text."""
         projected = self.projection(features).unflatten(-1, (self.tokens, -1)).flatten(1, 2)
         return condition_from_tokens(projected, self.null, null_text)
 
@@ -61,32 +71,40 @@ class VisualTokens(Condition):
     """The class token and some patches of each image; the projection learns from images.
 
     Args:
-        patches: which patches join the class token.
-        null_text: `tokenwise` adds token i to token i of the null text, `mean` adds the mean null token to each.
+        patches: the rule that picks or averages patches; its tokens join the class token.
+        null_text: `tokenwise` adds token i of the null text to visual token i; `mean` adds the mean null token to each.
+
+    Raises:
+        ValueError: when called with a number of patches that does not fit `patches` or `null_text`.
 
     Source: DIVA (arXiv 2407.20171), figure 3, and the authors' code. A first phase for the projection alone is
     GenHancer's (arXiv 2503.19480).
     """
 
-    def __init__(
-        self, patches: PatchRule, null_text: Literal["tokenwise", "mean"], tokens: int, steps: int, lr: float | None
-    ) -> None:
+    def __init__(self, patches: PatchRule, null_text: str, tokens: int, steps: int, lr: float | None) -> None:
         super().__init__(tokens, steps, lr)
         if null_text not in ("tokenwise", "mean"):
             raise ValueError(f"method.condition.null_text is {null_text}: choose tokenwise or mean.")
         self.patches, self.null_text = patches, null_text
 
     def forward(self, pooled: Float[Tensor, "b d"], patches: Float[Tensor, "b n d"]) -> Float[Tensor, "b m c"]:
-        picked = self.patches(patches, self.ranks.sample)
-        return self.project(torch.cat([pooled[:, None], picked], dim=1), self.null_text)
+        try:
+            picked = self.patches(patches, self.ranks.sample)
+        except ValueError as error:  # it begins with the name of the argument
+            raise ValueError(f"method.condition.patches.{error}") from error
+        try:
+            return self.project(torch.cat([pooled[:, None], picked], dim=1), self.null_text)
+        except ValueError as error:
+            raise ValueError(f"method.condition.{error}") from error
 
 
 class CaptionSpace(Condition):
-    """The image embedding alone, through a projection that learned from captions and then stays as it is.
+    """The image embedding alone, through a projection that is trained on captions and then frozen.
 
-    In a first phase the projection learns from captions, as the text tower puts them in the joint space. Learned from
-    images, it would read what the tower already says; learned from captions, it reads what the tower should say, so
-    that the diffusion model pulls the tower along directions that words have. Captions have no patches.
+    In a first phase the projection learns from caption features of the text tower. A projection that learned from
+    images would use whatever the visual tower encodes already. One that learned from captions uses what the visual
+    tower should encode, so the gradient of the diffusion model moves image features along directions that captions
+    have. Captions have no patches.
 
     Source: ours.
     """
@@ -96,7 +114,9 @@ class CaptionSpace(Condition):
     def __init__(self, tokens: int, steps: int, lr: float | None) -> None:
         super().__init__(tokens, steps, lr)
         if steps < 1:
-            raise ValueError(f"method.condition.steps is {steps}: the projection learns from captions, set 1 or more.")
+            raise ValueError(
+                f"method.condition.steps is {steps}: the projection learns from captions first, so set it to 1 or more."
+            )
 
     def forward(self, pooled: Float[Tensor, "b d"], patches: Float[Tensor, "b n d"]) -> Float[Tensor, "b m c"]:
         return self.of_features(pooled)
@@ -106,9 +126,9 @@ class CaptionSpace(Condition):
         return self.project(self.without_gap(features)[:, None], "mean")
 
     def without_gap(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
-        """Return features where those of images and of texts can meet: unit norm, less the joined batch's mean, scaled.
+        """Return features without the modality gap: of unit norm, minus the mean of the joined batch, scaled.
 
-        Source: the two kinds of CLIP's features lie apart, nearly by a constant (arXiv 2203.02053, section 4).
+        Source: image and text features of CLIP differ by a nearly constant vector (arXiv 2203.02053, section 4).
         """
         features = F.normalize(features.float(), dim=-1)
         return (features - self.ranks.gather(features).mean(0)) * features.shape[1] ** 0.5

@@ -1,4 +1,4 @@
-"""Mining: which images and captions of a batch belong together though the data never paired them."""
+"""Mining: positives among the unpaired images and captions of a batch."""
 
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
@@ -10,19 +10,19 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from clipfix.data.texts import by_sample
-from clipfix.functional.positives import Positives, ReferenceFeatures, Thresholds, mine, own_samples, thresholds_for
+from clipfix.functional.positives import Positives, ReferenceFeatures, Thresholds, mine, same_samples, thresholds_for
 from clipfix.models.clip import Backbone
 from clipfix.models.tokenizer import TokenizeBatch
 from clipfix.training.precision import fp32_products
 from clipfix.training.ranks import Ranks
 
-SAMPLED = 2048  # samples of the first batch from which counts become cosines
-REASONS = ("image_text", "image_image", "text_text")  # conditions that promote a pair, as `Positives` names them
-NOTHING = Thresholds(*[float("inf")] * 4)  # no cosine passes
+MAX_SAMPLES = 2048  # samples of the first batch that are used to turn counts into cosines
+REASONS = ("image_text", "image_image", "text_text")  # the conditions of mining, fields of `Positives`
+NO_POSITIVES = Thresholds(*[float("inf")] * 4)  # no cosine is above these
 
 
 class Cosines:
-    """Thresholds as cosines of the reference: see `mine`. Those of one reference mean nothing to another."""
+    """Thresholds as cosines of the reference: see `mine`. They suit one reference only."""
 
     counts: Thresholds | None = None
 
@@ -41,10 +41,10 @@ class Counts:
 
 
 class Samples(NamedTuple):
-    """n samples of a batch, with what decides which of them belong together."""
+    """n samples of a batch, with all that mining needs of them."""
 
     size: int  # n
-    captions: int  # k, of each sample
+    captions: int  # captions of each sample, k
     features: ReferenceFeatures | None
     thresholds: Thresholds
     labels: Int[Tensor, " n"] | None
@@ -61,7 +61,7 @@ class Samples(NamedTuple):
 
 
 class Promotion(NamedTuple):
-    """A mined pair: an image and the caption of another sample, with three cosines and the conditions that held."""
+    """A mined pair: an image and the caption of another sample, with three cosines and the conditions that it meets."""
 
     image: int
     sample: int
@@ -73,17 +73,18 @@ class Promotion(NamedTuple):
 
 
 class Mining(nn.Module):
-    """Finds pairs with the features of a frozen reference CLIP, with labels, or with both.
+    """Finds positives with the features of a frozen reference CLIP, with labels, or with both.
 
     Args:
         reference: the frozen CLIP. None: its features are read from the training shards (`data.features`), and
             nothing is mined in validation.
         thresholds: `Cosines` or `Counts`; None mines nothing.
-        compare: name of the text by which captions are compared with captions. Among raw captions, the same
-            meaningless one is found under many images.
-        same: name of a text; samples with equal strings are positives, as with cluster ids. None for no labels.
-        shuffled: take the reference's features of each sample from the next one: as many pairs, but wrong ones. The
-            control of mining.
+        compare: name of the text by which captions are compared with captions. Raw captions are a poor choice,
+            because many images share the same meaningless one.
+        same: name of a text that is a label, such as a cluster id: samples with equal strings are positives. None
+            for no labels.
+        shuffled: take the reference's features of each sample from the next sample, so that as many pairs are mined,
+            but wrong ones. The control of mining.
 
     Source: FFF (arXiv 2405.10286), sections 3.2 and 3.3. No code was published.
     """
@@ -104,13 +105,13 @@ class Mining(nn.Module):
         self.active = thresholds is not None
         self.counts = thresholds.counts if thresholds else None
         self.compare, self.same, self.shuffled = compare, same, shuffled
-        self.register_buffer("cosines", torch.tensor(thresholds.cosines if thresholds else NOTHING))
+        self.register_buffer("cosines", torch.tensor(thresholds.cosines if thresholds else NO_POSITIVES))
 
     def attach(self, names: Sequence[str], ranks: Ranks) -> None:
-        """Set the names of the texts that are trained on."""
+        """Set the names of the texts that are trained on, and the ranks that share a batch."""
         self.names, self.ranks = tuple(names), ranks
 
-    # -- what the batch must carry ------------------------------------------------------------------------------------
+    # -- what a batch must contain ------------------------------------------------------------------------------------
 
     @property
     def encoded(self) -> tuple[str, ...]:
@@ -124,7 +125,7 @@ class Mining(nn.Module):
 
     @property
     def encode(self) -> tuple[TokenizeBatch, ...]:
-        """Tokenization for the reference, which the loader's workers run."""
+        """Tokenization for the reference, run in the loader's workers."""
         if self.reference is None:
             return ()
         return (TokenizeBatch(self.reference.tokens, self.encoded, key="reference_tokens"),)
@@ -133,7 +134,7 @@ class Mining(nn.Module):
 
     @torch.no_grad()
     def samples(self, batch: dict[str, Any], joined: bool = True) -> Samples:
-        """Return the samples of the joined batch, or of this rank's part alone, which needs no other rank."""
+        """Return the samples of the joined batch; if `joined` is false, those of this rank alone."""
         gather = self.ranks.gather if joined else lambda rows: rows
         features = labels = None
         if self.active and (self.training or not self.from_shards):
@@ -147,18 +148,22 @@ class Mining(nn.Module):
             labels = gather(torch.tensor(numbers, device=self.cosines.device))
         size = len(batch["image"]) * (self.ranks.size if joined else 1)
         captions = sum(len(batch[name]) for name in self.names) // len(batch["image"])
-        # `.tolist()` waits for the device: once in a step, and not for every tile.
+        # `.tolist()` synchronizes with the device: here once in a step, and not once in a tile.
         return Samples(size, captions, features, Thresholds(*self.cosines.tolist()), labels)
 
     def reference_features(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return features of images [b, d], and by name of the text [b, k, d], of unit norm."""
+        """Return the reference's features of images [b, d], and of each text by name [b, k, d], of unit norm.
+
+        Raises:
+            ValueError: if the stored features lack one of the texts.
+        """
         names = dict.fromkeys((*self.names, self.compare))
         if self.reference is None:
             stored, rows = batch["features"], len(batch["image"])
             if absent := [name for name in names if name not in stored]:
                 raise ValueError(
-                    f"The stored features are not of data.texts.{absent[0]}: run=annotate annotator=features again "
-                    "with its json key in annotator.keys, or name a method.mining.reference."
+                    f"data.features has no features of data.texts.{absent[0]}: run=annotate annotator=features again "
+                    "with its json key in annotator.keys, or set method.mining.reference."
                 )
             return stored["image"], {name: stored[name].unflatten(0, (rows, -1)) for name in names}
         self.reference.eval()
@@ -169,53 +174,55 @@ class Mining(nn.Module):
         """Turn counts into cosines, if the thresholds are counts; return the samples with these cosines."""
         if self.counts is None or samples.features is None:
             return samples
-        found = thresholds_for(samples.features.rows(slice(SAMPLED)), self.counts, among=samples.size)
-        self.cosines.copy_(torch.tensor(found))
-        return samples._replace(thresholds=found)
+        cosines = thresholds_for(samples.features.rows(slice(MAX_SAMPLES)), self.counts, among=samples.size)
+        self.cosines.copy_(torch.tensor(cosines))
+        return samples._replace(thresholds=cosines)
 
     # -- pairs --------------------------------------------------------------------------------------------------------
 
     def positives(
         self, queries: Samples, samples: Samples, first: int, part: slice, counts: dict[str, Any] | None = None
     ) -> Bool[Tensor, "b t k"]:
-        """Return which captions of a part of the samples are positives of each query.
+        """Return which captions of a slice of the samples are positives of each query.
 
         Args:
-            queries: samples of which query i is sample `first + i`.
-            part: the part of the samples to look at.
-            counts: by reason, the number of positives is added to these.
+            queries: some of the samples.
+            samples: all samples of the batch.
+            first: query i is sample `first + i`.
+            part: the slice of the samples.
+            counts: a dictionary to which the number of positives is added, by reason; None to count nothing.
         """
         samples, first = samples.rows(part), first - (part.start or 0)
-        own = own_samples(queries.size, samples.size, first, self.cosines.device)
-        found = own[..., None].expand(-1, -1, samples.captions)
+        same = same_samples(queries.size, samples.size, first, self.cosines.device)
+        positives = same[..., None].expand(-1, -1, samples.captions)
         reasons = {}
         if queries.labels is not None and samples.labels is not None:
-            reasons["same"] = ((queries.labels[:, None] == samples.labels) & ~own)[..., None].expand_as(found)
+            reasons["same"] = ((queries.labels[:, None] == samples.labels) & ~same)[..., None].expand_as(positives)
         if queries.features is not None and samples.features is not None:
             with fp32_products("highest"):
                 mined: Positives = mine(queries.features, samples.features, samples.thresholds, first)
             reasons |= {name: getattr(mined, name) for name in REASONS}
         for mask in reasons.values():
-            found = found | mask
+            positives = positives | mask
         if counts is not None:
             for name, mask in reasons.items():
                 counts[name] += mask.count_nonzero()
-            counts["together"] += found.count_nonzero() - own.count_nonzero() * samples.captions
-        return found
+            counts["together"] += positives.count_nonzero() - same.count_nonzero() * samples.captions
+        return positives
 
     @torch.no_grad()
     def promoted(self, batch: dict[str, Any], at_most: int) -> list[Promotion]:
-        """Return pairs mined within this rank's part of the batch; a random choice if there are more than `at_most`."""
+        """Return pairs mined within this rank's part of the batch; a random `at_most` of them if there are more."""
         features = self.samples(batch, joined=False).features
         if features is None:
             return []
         features = ReferenceFeatures(*(part.cpu() for part in features))
-        found = mine(features, features, Thresholds(*self.cosines.tolist()), first_row=0)
-        entries = (found.any() & ~found.own).nonzero()
+        positives = mine(features, features, Thresholds(*self.cosines.tolist()), first_row=0)
+        entries = (positives.any() & ~positives.same_sample).nonzero()
         chosen = torch.randperm(len(entries), generator=torch.Generator().manual_seed(0))[:at_most].sort().values
         by_name = zip(*(by_sample(batch, name) for name in self.names), strict=True)
         captions = [[text for texts in sample for text in texts] for sample in by_name]
-        reasons = {name: getattr(found, name) for name in REASONS}
+        reasons = {name: getattr(positives, name) for name in REASONS}
         return [
             Promotion(
                 image=i,
@@ -236,7 +243,14 @@ def image_features(clip: Backbone, batch: dict[str, Any]) -> Float[Tensor, "b d"
 
 
 def text_features(clip: Backbone, batch: dict[str, Any], names: Iterable[str], key: str) -> dict[str, Tensor]:
-    """Return by name of the text [b, k, d] of unit norm, from one pass; `key` is the batch's entry of token ids."""
+    """Return the features of each text by name, [b, k, d] of unit norm, from one pass of the text tower.
+
+    Args:
+        clip: the model.
+        batch: has the token ids of the texts under `key`, or else the texts themselves.
+        names: names of the texts.
+        key: entry of the batch with token ids by name.
+    """
     made = batch.get(key, {})
     tokens = {name: made[name] if name in made else clip.tokenize(batch[name]) for name in names}
     features = F.normalize(clip.encode_text(torch.cat(list(tokens.values()))).float(), dim=-1)

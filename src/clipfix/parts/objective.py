@@ -1,4 +1,4 @@
-"""The loss of image-text pairs with any number of positives."""
+"""Objectives: losses of images and captions with any number of positives for each."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -13,19 +13,19 @@ from clipfix.functional.sigmoid import best_bias, sigmoid_loss
 from clipfix.training.ranks import Ranks
 from clipfix.training.sharding import shared
 
-# Which captions of a part of the joined batch are positives of this rank's images: [b, t, k].
-OfImages = Callable[[slice], Bool[Tensor, "b t k"]]
-# Which captions of this rank are positives of the joined batch's images: [n, b, k].
-OfTexts = Callable[[], Bool[Tensor, "n b k"]]
+# Returns which captions of a slice of the joined batch are positives of this rank's images: [b, t, k].
+ImagePositives = Callable[[slice], Bool[Tensor, "b t k"]]
+# Returns which captions of this rank are positives of the joined batch's images: [n, b, k].
+TextPositives = Callable[[], Bool[Tensor, "n b k"]]
 
 
 class Objective(nn.Module, ABC):
-    """A loss of this rank's images and captions against those of all ranks. `name` is that of the loss term."""
+    """A loss of this rank's images and captions against those of all ranks. `name` is the name of its loss term."""
 
     name: str
 
-    def start(self, image: Tensor, text: Tensor, scale: Tensor, of_images: OfImages) -> None:
-        """Adapt to the features of the first batch, all ranks joined. By default, do nothing."""
+    def start(self, image: Tensor, text: Tensor, scale: Tensor, of_images: ImagePositives) -> None:
+        """Initialize from the features of the first batch of all ranks. Default: do nothing."""
 
     @abstractmethod
     def forward(
@@ -33,20 +33,29 @@ class Objective(nn.Module, ABC):
         image: Float[Tensor, "b d"],
         text: Float[Tensor, "b k d"],
         scale: Float[Tensor, ""],
-        of_images: OfImages,
-        of_texts: OfTexts,
+        of_images: ImagePositives,
+        of_texts: TextPositives,
         ranks: Ranks,
     ) -> Float[Tensor, ""]:
-        """Return the loss of unit-norm features; `scale` is the inverse temperature."""
+        """Return the loss.
+
+        Args:
+            image: image features of this rank, of unit norm.
+            text: features of the k captions of each image of this rank, of unit norm.
+            scale: inverse temperature.
+            of_images: returns the positives of this rank's images.
+            of_texts: returns the positives of this rank's captions.
+            ranks: gathers features of all ranks.
+        """
 
 
 class Sigmoid(Objective):
-    """Pairwise sigmoid loss; see `sigmoid_loss`. Its offset -beta trains.
+    """Pairwise sigmoid loss; see `sigmoid_loss`. Its offset -beta is trained.
 
     Args:
         mean_over: `entries` divides the sum by all images times texts (FFF), `images` by the images (SigLIP).
-        start_bias: offset at the start; None for the one of least loss on the first batch, as in the paper.
-        tile: samples scored at a time. It bounds memory and changes no value.
+        start_bias: initial offset; None for the one that minimizes the loss on the first batch, as in the paper.
+        tile: number of samples whose logits are held at once. It bounds memory and changes no value.
 
     Source: FFF (arXiv 2405.10286), section 3.4; SigLIP (arXiv 2303.15343), equation 1.
     Departs: the offset is fitted on the first batch of all ranks, and not on several batches.
@@ -63,7 +72,7 @@ class Sigmoid(Objective):
         self.mean_over, self.start_bias, self.tile = mean_over, start_bias, tile
         self.bias = nn.Parameter(torch.tensor(start_bias or 0.0))
 
-    def start(self, image: Tensor, text: Tensor, scale: Tensor, of_images: OfImages) -> None:
+    def start(self, image: Tensor, text: Tensor, scale: Tensor, of_images: ImagePositives) -> None:
         if self.start_bias is None:
             shared(self.bias).copy_(best_bias(image, text, scale, of_images, self.tile))
 
@@ -72,8 +81,8 @@ class Sigmoid(Objective):
         image: Float[Tensor, "b d"],
         text: Float[Tensor, "b k d"],
         scale: Float[Tensor, ""],
-        of_images: OfImages,
-        of_texts: OfTexts,
+        of_images: ImagePositives,
+        of_texts: TextPositives,
         ranks: Ranks,
     ) -> Float[Tensor, ""]:
         all_text = ranks.gather(text)
@@ -82,7 +91,7 @@ class Sigmoid(Objective):
 
 
 class Softmax(Objective):
-    """Cross-entropy spread evenly over the positives, both ways: the control that shows what the sigmoid is worth.
+    """Symmetric cross-entropy with a uniform target over the positives. The control for `Sigmoid`.
 
     It holds the whole similarity matrix of the joined batch.
     """
@@ -94,8 +103,8 @@ class Softmax(Objective):
         image: Float[Tensor, "b d"],
         text: Float[Tensor, "b k d"],
         scale: Float[Tensor, ""],
-        of_images: OfImages,
-        of_texts: OfTexts,
+        of_images: ImagePositives,
+        of_texts: TextPositives,
         ranks: Ranks,
     ) -> Float[Tensor, ""]:
         all_text = ranks.gather(text)
@@ -106,16 +115,16 @@ class Softmax(Objective):
         ) / 2
 
 
-def counted(counts: dict[str, Any], per_image: int, others: int) -> dict[str, Any]:
-    """Return numbers of positives, by reason, as notes: per image and in percent of the other samples.
+def positives_notes(counts: dict[str, Any], per_image: int, others: int) -> dict[str, Any]:
+    """Return values to log: the number of positives by reason, for each image and in percent of the other samples.
 
     Args:
         counts: number of positive captions of this rank's images, by reason.
-        per_image: captions of all this rank's images: a sample counts 1 when all its captions are positives.
-        others: samples in the batch besides the image's own.
+        per_image: number of captions of this rank's images. A sample whose captions are all positives counts as 1.
+        others: number of other samples in the joined batch.
     """
     notes: dict[str, Any] = {}
     for name, count in counts.items():
-        each = count / per_image
-        notes |= {f"positives/{name}_per_image": each, f"positives/{name}_percent": 100 * each / max(1, others)}
+        mean = count / per_image
+        notes |= {f"positives/{name}_per_image": mean, f"positives/{name}_percent": 100 * mean / max(1, others)}
     return notes

@@ -1,4 +1,4 @@
-"""At which timesteps of a diffusion model its feedback is computed."""
+"""Distributions of the timesteps at which the feedback of a diffusion model is computed."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ class Timesteps(ABC):
     """A distribution of timesteps.
 
     Args:
-        draws: draws of noise and timestep for each image.
-        range: [low, high), the timesteps to draw from; None for all of the model.
+        draws: number of draws of noise and timestep for each image.
+        range: [low, high), the timesteps to draw from; None for all timesteps of the model.
     """
 
     def __init__(self, draws: int, range: Sequence[int] | None) -> None:
@@ -25,7 +25,7 @@ class Timesteps(ABC):
         self.draws, self.range = draws, None if range is None else (int(range[0]), int(range[1]))
 
     def bounds(self, num_timesteps: int) -> tuple[int, int]:
-        """Return [low, high) for a diffusion model; raise ValueError if it has no such timesteps."""
+        """Return [low, high) for a diffusion model; raise ValueError if they are not among its timesteps."""
         low, high = self.range or (0, num_timesteps)
         if not 0 <= low < high <= num_timesteps:
             raise ValueError(
@@ -50,8 +50,8 @@ class LogitNormal(Timesteps):
     """The middle of the range is the most likely; see `logit_normal_timesteps`.
 
     Args:
-        mean: of the normal variable; above 0 means more noise.
-        sd: its standard deviation; a smaller one gathers the timesteps.
+        mean: mean of the normal variable; above 0, timesteps have more noise.
+        sd: its standard deviation; the smaller it is, the closer the timesteps are to each other.
 
     Source: GenHancer (arXiv 2503.19480); Stable Diffusion 3 (arXiv 2403.03206), section 3.1.
     """

@@ -1,4 +1,4 @@
-"""Which weights of a visual tower train."""
+"""Choices of the weights of a visual tower that train."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -12,14 +12,14 @@ from clipfix.models.clip import Backbone
 class Trainable(ABC):
     """A choice of weights of a visual tower."""
 
-    def wake(self, backbone: Backbone) -> None:
-        """Let the chosen weights of a frozen backbone require a gradient."""
+    def unfreeze(self, backbone: Backbone) -> None:
+        """Set `requires_grad` for the chosen weights of a frozen backbone."""
         for part in self.parts(backbone.visual):
             part.requires_grad_(True)
 
     @abstractmethod
     def parts(self, visual: Any) -> list[nn.Module | nn.Parameter]:
-        """Return the modules and parameters that train; adapters are put into the tower first."""
+        """Return the modules and parameters that train. `LoRA` first adds its adapters to the tower."""
 
 
 class Tower(Trainable):
@@ -30,17 +30,17 @@ class Tower(Trainable):
 
 
 class Norms(Trainable):
-    """Its layer norms. Source: arXiv 2312.11420, which tunes language models in this way."""
+    """The layer norms of the tower. Source: arXiv 2312.11420, which tunes language models in this way."""
 
     def parts(self, visual: Any) -> list[nn.Module | nn.Parameter]:
         return [module for module in visual.modules() if isinstance(module, nn.LayerNorm)]
 
 
 class LastBlocks(Trainable):
-    """Its last blocks, the final norm and the projection to the joint space.
+    """The last blocks of the tower, its final norm and its projection to the joint space.
 
     Args:
-        blocks: number of blocks.
+        blocks: number of last blocks.
     """
 
     def __init__(self, blocks: int) -> None:
@@ -50,23 +50,23 @@ class LastBlocks(Trainable):
         layers = getattr(getattr(visual, "transformer", None), "resblocks", None)
         if layers is None:
             raise ValueError(
-                "method.trainable of last blocks is for the vision transformers of open_clip's own "
-                f"(ViT-L-14-quickgelu, ViT-H-14-quickgelu, ...), not for {type(visual).__name__}: choose "
+                "method.trainable: last blocks are defined for open_clip's own vision transformers "
+                f"(ViT-L-14-quickgelu, ViT-H-14-quickgelu, ...), and not for {type(visual).__name__}: choose "
                 "trainable@method.trainable=tower, norms or lora."
             )
         if not 1 <= self.blocks <= len(layers):
             raise ValueError(
-                f"method.trainable.blocks is {self.blocks}: train the last 1 to {len(layers)} blocks of this tower."
+                f"method.trainable.blocks is {self.blocks}: set it between 1 and {len(layers)} for this tower."
             )
         return [*layers[-self.blocks :], visual.ln_post, visual.proj]
 
 
 class LoRA(Trainable):
-    """Low-rank adapters beside its linear layers; see `add_lora`.
+    """Low-rank adapters beside the linear layers of the tower; see `add_lora`.
 
     Args:
-        rank: of each adapter.
-        alpha: an adapter is scaled by alpha / rank.
+        rank: rank of each adapter.
+        alpha: the output of an adapter is multiplied by alpha / rank.
 
     Source: LoRA (arXiv 2106.09685).
     """

@@ -1,1 +1,1 @@
-"""Processes, files and secrets: the standard library and torch.distributed alone. Everything may import it."""
+"""Processes, files and secrets. Imports the standard library and torch.distributed alone; all rooms may import it."""

@@ -1,4 +1,4 @@
-"""Samples into shards, and small files whole or not at all; the standard library alone, as drawing needs no torch."""
+"""Writing of samples into shards, and atomic writing of files. Uses the standard library alone."""
 
 import contextlib
 import io
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def add_sample(tar: tarfile.TarFile, key: str, members: Mapping[str, bytes]) -> None:
-    """One sample by suffix. These entries carry no time and no user, so the same samples are the same bytes."""
+    """Add one sample, given as bytes by suffix. Entries have no time and no user, so equal samples give equal bytes."""
     for suffix, content in members.items():
         member = tarfile.TarInfo(f"{key}.{suffix}")
         member.size = len(content)
@@ -19,21 +19,23 @@ def add_sample(tar: tarfile.TarFile, key: str, members: Mapping[str, bytes]) -> 
 
 
 @contextlib.contextmanager
-def whole(path: Path, swept: bool = False) -> Iterator[Path]:
-    """A name beside `path` to write to; the file takes its own when the block ends well, and is gone when it does not.
+def atomic_write(path: Path, may_vanish: bool = False) -> Iterator[Path]:
+    """Yield the path of a draft beside `path`; rename it to `path` at the end of the block, or delete it on an error.
 
-    `swept`: others fill this folder with the same bytes and sweep up drafts when all is there, so it may be gone.
+    Args:
+        may_vanish: whether a missing draft is no error. Other processes may write the same file, and delete drafts when
+            they have finished.
     """
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         yield draft
-        with contextlib.suppress(FileNotFoundError) if swept else contextlib.nullcontext():
+        with contextlib.suppress(FileNotFoundError) if may_vanish else contextlib.nullcontext():
             draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
 
 
 def put_json(path: Path, content: Any) -> None:
-    """Writes a json file, whole or not at all."""
-    with whole(path, swept=True) as draft:
+    """Write a json file atomically."""
+    with atomic_write(path, may_vanish=True) as draft:
         draft.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")

@@ -1,4 +1,4 @@
-"""Where this process stands among others, those that torchrun or srun started, and what all of them must agree on."""
+"""The rank of this process among those that torchrun or srun started, and values that all ranks must share."""
 
 import os
 from collections.abc import Callable
@@ -6,83 +6,101 @@ from datetime import timedelta
 from functools import cache
 from typing import Any
 
-PATIENCE = timedelta(minutes=5)  # for ranks that start later; ours
+PATIENCE = timedelta(minutes=5)  # wait for ranks that start later; our choice
 
 
 def environment() -> Any:
-    """Lightning's view of torchrun or SLURM, in its own order; None of a process that starts all others itself."""
+    """Return Lightning's environment of torchrun or SLURM; None if this process starts the other ranks itself.
+
+    Raises:
+        ValueError: if Lightning refuses the settings of srun.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ and "SLURM_NTASKS" not in os.environ:
-        return None  # the usual case waits for no import
+        return None  # without the slow import in the usual case
     from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
     try:
         return next((kind() for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()), None)
-    except RuntimeError as error:  # what Lightning says of settings of srun that it cannot work with
+    except RuntimeError as error:  # Lightning raises this for settings of srun that it does not support
         raise ValueError(str(error)) from None
 
 
 def nodes() -> int:
-    """Machines of this run, as torchrun or srun was told."""
-    if (found := environment()) is None:
+    """Return the number of machines that torchrun or srun started; 1 without them."""
+    if (cluster := environment()) is None:
         return 1
-    here = os.environ.get("LOCAL_WORLD_SIZE")  # torchrun's
-    return found.world_size() // int(here) if here else int(os.environ.get("SLURM_NNODES", 1))
+    here = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
+    return cluster.world_size() // int(here) if here else int(os.environ.get("SLURM_NNODES", 1))
 
 
 def devices() -> int | str:
-    """Devices of this machine: one a process that was started on it, else all of them."""
-    return "auto" if (found := environment()) is None else found.world_size() // nodes()
+    """Return the number of devices to use on this machine: one for each process started on it, or "auto" for all."""
+    return "auto" if (cluster := environment()) is None else cluster.world_size() // nodes()
 
 
 def rank_of() -> tuple[int, int]:
-    """Which of how many ranks this process is, once they have met."""
+    """Return (rank, number of ranks) of this process; (0, 1) before torch.distributed is initialized."""
     import torch.distributed as dist
 
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def check(devices: Any, num_nodes: int) -> None:
-    """Raises where the Trainer counts other ranks than there are, or waits for machines that nobody starts."""
-    found = environment()
-    if found is None:
-        if num_nodes > 1 and "NODE_RANK" not in os.environ:  # Lightning's way of starting each machine by hand
+    """Check the number of ranks.
+
+    Args:
+        devices: `trainer.devices`.
+        num_nodes: `trainer.num_nodes`.
+
+    Raises:
+        ValueError: if these do not give the number of started ranks, or other machines were not started.
+    """
+    cluster = environment()
+    if cluster is None:
+        if num_nodes > 1 and "NODE_RANK" not in os.environ:  # Lightning reads it if each machine is started by hand
             raise ValueError(
-                f"trainer.num_nodes={num_nodes}, but nobody starts the other machines: start all by torchrun or srun, "
-                "which know how many there are (docs/launch.md)."
+                f"trainer.num_nodes is {num_nodes}, but only this process was started: start all machines by torchrun "
+                "or srun (docs/launch.md)."
             )
-    elif isinstance(devices, int) and devices * num_nodes != found.world_size():
+    elif isinstance(devices, int) and devices * num_nodes != cluster.world_size():
         raise ValueError(
-            f"trainer.devices={devices} on trainer.num_nodes={num_nodes} are not the {found.world_size()} ranks that "
+            f"trainer.devices={devices} on trainer.num_nodes={num_nodes} are not the {cluster.world_size()} ranks that "
             "torchrun or srun started: leave both out and set trainer=ddp, which counts them."
         )
 
 
 def agreed(decide: Callable[[], str]) -> str:
-    """What rank 0 decides, on every rank: each composes its own config, and two clocks may name two run folders."""
-    found = environment()
-    if found is None or found.world_size() == 1:
+    """Return on every rank what `decide` returns on rank 0.
+
+    Each rank composes its own config, and their clocks could give different run folders.
+
+    Raises:
+        ValueError: if ranks are missing.
+    """
+    cluster = environment()
+    if cluster is None or cluster.world_size() == 1:
         return decide()
-    place, rank = f"{found.main_address}:{found.main_port}", found.global_rank()
+    place, rank = f"{cluster.main_address}:{cluster.main_port}", cluster.global_rank()
     try:
-        met = meeting(place, rank, found.world_size())
+        store = meeting(place, rank, cluster.world_size())
         if rank > 0:
-            text = met.get("clipfix/agreed").decode()
-            met.set(f"clipfix/heard/{rank}", "")
+            text = store.get("clipfix/agreed").decode()
+            store.set(f"clipfix/heard/{rank}", "")
             return text
-        met.set("clipfix/agreed", text := decide())
-        # Rank 0 may be the one that serves: it stays until all have heard, whatever stops it right after.
-        met.wait([f"clipfix/heard/{other}" for other in range(1, found.world_size())])
+        store.set("clipfix/agreed", text := decide())
+        # Rank 0 may serve the store, so it waits until all others have read, in case an error ends it right after.
+        store.wait([f"clipfix/heard/{other}" for other in range(1, cluster.world_size())])
         return text
-    except RuntimeError as error:  # torch.distributed has its own kinds
+    except RuntimeError as error:  # the base class of the errors of torch.distributed
         raise ValueError(
-            f"Rank {rank} of {found.world_size()} did not meet the others at {place} within {PATIENCE}: start all of "
+            f"Rank {rank} of {cluster.world_size()} did not meet the others at {place} within {PATIENCE}: start all of "
             f"them, and let every host reach that port ({str(error).splitlines()[0]})."
         ) from error
 
 
 @cache
 def meeting(place: str, rank: int, ranks: int) -> Any:
-    """The store through which torch.distributed will meet. Kept: on rank 0 it may serve the others."""
+    """Return the store by which torch.distributed connects the ranks. It is cached, as rank 0 may serve it."""
     from torch.distributed import rendezvous
 
     return next(rendezvous(f"tcp://{place}", rank, ranks, timeout=PATIENCE))[0]

@@ -1,4 +1,4 @@
-"""Secrets come in by environment variables and stay out of whatever a run writes, prints or sends."""
+"""Removal of secrets from everything that a run writes, prints or sends. Secrets belong into environment variables."""
 
 import logging
 import os
@@ -8,27 +8,27 @@ from typing import Any
 
 HIDDEN = "***"
 NAMES = r"(?:token|secret|passw(?:or)?d|api[-_]?key|access[-_]?key(?:[-_]?id)?|signature|credential|sig)"
-# What looks like a secret by what stands before it; the group is what may be shown.
+# Matches secrets by the text before them; the groups are the parts that may be shown.
 LOOKS = re.compile(
-    r"(://)[^/\s'\"@]+:[^/\s'\"@]+(?=@)"  # user:password of a url
-    rf"|([?&][^=&\s'\"]*{NAMES}=)[^&\s'\"]+"  # of a signed url
-    r"|(\bauthorization:\s*(?:\w+\s+)?+|\bbearer\s+|\b(?:x-)?api-key:\s*)[^\s'\"$]+",  # of a command that fetches
+    r"(://)[^/\s'\"@]+:[^/\s'\"@]+(?=@)"  # user:password in a url
+    rf"|([?&][^=&\s'\"]*{NAMES}=)[^&\s'\"]+"  # signature in a url
+    r"|(\bauthorization:\s*(?:\w+\s+)?+|\bbearer\s+|\b(?:x-)?api-key:\s*)[^\s'\"$]+",  # header in a command
     re.IGNORECASE,
 )
 SECRET_VARIABLE = re.compile(rf"{NAMES}$", re.IGNORECASE)
-SHORTEST = 8  # characters: `true` as the value of a variable would be hidden all over
+SHORTEST = 8  # characters; shorter values, such as `true`, occur in other text
 
 
 def hidden(text: str) -> str:
-    """The text without what looks like a secret, and without the values of environment variables named as one."""
+    """Return the text with `***` in place of secrets: matches of LOOKS, and values of variables with such names."""
     for name, value in os.environ.items():
         if len(value) >= SHORTEST and value in text and SECRET_VARIABLE.search(name):
             text = text.replace(value, HIDDEN)
-    return LOOKS.sub(lambda found: (found[1] or found[2] or found[3]) + HIDDEN, text)
+    return LOOKS.sub(lambda match: (match[1] or match[2] or match[3]) + HIDDEN, text)
 
 
 def without_secrets(node: Any) -> Any:
-    """Nested lists and dicts, all their strings `hidden`."""
+    """Return nested lists and dicts with `hidden` applied to all strings."""
     if isinstance(node, dict):
         return {key: without_secrets(value) for key, value in node.items()}
     if isinstance(node, list):
@@ -37,17 +37,17 @@ def without_secrets(node: Any) -> Any:
 
 
 def check_words(words: Sequence[str]) -> None:
-    """Refuses a secret on the command line: the shell's history, `ps` and W&B keep those words as they are."""
+    """Raise ValueError for a secret on the command line, which the shell's history, `ps` and W&B would show."""
     for word in words:
         if hidden(word) != word:
             raise ValueError(
-                f"{hidden(word)[:200]} holds a secret, and the shell's history, `ps` and W&B would keep it: put the "
-                "value into an environment variable, say URL, and write ${oc.env:URL} here, in single quotes."
+                f"{hidden(word)[:200]} holds a secret, which the shell's history, `ps` and W&B would show: put the "
+                "value into an environment variable, such as URL, and write ${oc.env:URL} here, in single quotes."
             )
 
 
 class Record(logging.LogRecord):
-    """What Python's logging writes, worker processes included; for `logging.setLogRecordFactory`."""
+    """A log record without secrets, for `logging.setLogRecordFactory`. Worker processes use it too."""
 
     def getMessage(self) -> str:
         return hidden(super().getMessage())

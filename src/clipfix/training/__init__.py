@@ -1,1 +1,1 @@
-"""What Lightning needs beside a method: sharded weights, checkpoints, callbacks."""
+"""Parts of training that are independent of the method: sharding, checkpoints, callbacks, schedules."""

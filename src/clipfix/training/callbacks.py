@@ -1,41 +1,85 @@
-"""What a run tells about itself while it trains, beside its losses, and the folder that a pretraining ends in."""
+"""Callbacks: progress bar, throughput, steps that are not finite, and saving a folder at the end of training."""
 
 import resource
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Column
 from torch.distributed.tensor import DTensor
 
 from clipfix.models.clip import Backbone
 from clipfix.training.strategy import FSDP2
 
 
-class Progress(RichProgressBar):
-    """Lightning's bar, worded for runs that steps end: they have no epochs to count and no version number."""
+class Progress(ProgressBar):
+    """Shows the progress of training on one line: batches, elapsed and remaining time, and metrics logged for the bar.
 
-    def _get_train_description(self, current_epoch: int) -> str:
-        return "Training"
+    Departs from Lightning's RichProgressBar. A run is ended by `method.steps`, so the bar counts the batches of the
+    whole run instead of those of an epoch. The line is cut off at the width of the terminal instead of wrapping.
+    """
 
-    @property
-    def total_train_batches(self) -> int | float:
-        """All of the run, in batches; Lightning's is what a resumed run has left, in steps."""
-        steps, batches = self.trainer.max_steps, self.trainer.accumulate_grad_batches
-        return steps * batches if steps > 0 else super().total_train_batches
+    def __init__(self) -> None:
+        super().__init__()
+        self.bar = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=10),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[metrics]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+            expand=True,
+        )
+        self.task = self.bar.add_task("Training", start=False, metrics="")
 
-    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        return metrics
+    def disable(self) -> None:
+        """Show nothing; Lightning calls this on all ranks except the first."""
+        self.bar.disable = True
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        total = trainer.max_steps * trainer.accumulate_grad_batches if trainer.max_steps > 0 else None
+        self.bar.reset(self.task, total=total)
+        self.bar.start()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.bar.update(self.task, completed=batch_idx + 1, metrics=metrics_text(trainer.progress_bar_metrics))
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.bar.update(self.task, description="Validation")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.bar.update(self.task, description="Training", metrics=metrics_text(trainer.progress_bar_metrics))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.stop()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Leave the last state of the bar on the screen."""
+        if self.bar.live.is_started:
+            self.bar.stop()
+
+
+def metrics_text(metrics: Mapping[str, Any]) -> str:
+    """Return metrics as one short line: `train/loss` becomes `loss`, `selection/pairs/mean` becomes `pairs/mean`."""
+    short = {name.removeprefix("train/").removeprefix("selection/"): value for name, value in metrics.items()}
+    return " ".join(f"{name} {float(value):.3g}" for name, value in short.items())
 
 
 class Throughput(L.Callback):
     """Logs `perf/images_per_second` over all ranks, `perf/memory_gb` (peak) and `data/skipped` (broken samples so far).
 
-    The clock runs from one training batch to the next, waiting for data included, and stands still in validation.
+    The measured time includes waiting for data, and excludes validation.
     """
 
     def __init__(self) -> None:
@@ -43,7 +87,7 @@ class Throughput(L.Callback):
         self.started = 0.0
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """After whatever other callbacks do before training."""
+        """Start the clock after the `on_train_start` of other callbacks."""
         self.restart()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -66,12 +110,19 @@ class Throughput(L.Callback):
 
 
 class Finite(L.Callback):
-    """Passes over steps whose gradients are NaN or infinite, and ends a run that has nothing else left.
+    """Skips steps whose gradients are NaN or infinite, and stops the run after `patience` of them in a row.
 
-    Asked of the gradients, when they are whole: what one micro-batch of many or one rank alone makes of a bad sample
-    is in them by then, on all ranks. A step passed over changes no weight and no moment of the optimizer; the schedule
-    goes on. `perf/skipped_steps` counts them. After `patience` of them in a row each rank leaves its last batch as
-    `nonfinite-<rank>.pt` (the one that spoiled the loss, if it did) and the run stops with a ValueError.
+    The gradients are checked when they are complete: a bad sample in one micro-batch or on one rank has reached them
+    on all ranks by then. A skipped step changes no weight and no moment of the optimizer; the schedule advances.
+    `perf/skipped_steps` counts them. When the run stops, each rank saves its last batch, or the batch of a loss that
+    was not finite, as `nonfinite-<rank>.pt`.
+
+    Args:
+        folder: folder for the saved batches.
+        patience: consecutive skipped steps that stop the run.
+
+    Raises:
+        ValueError: after `patience` skipped steps in a row.
     """
 
     def __init__(self, folder: str, patience: int) -> None:
@@ -96,13 +147,13 @@ class Finite(L.Callback):
     ) -> None:
         weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None]
         norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights])
-        if isinstance(norm, DTensor):  # sharded: each rank knows its part alone
+        if isinstance(norm, DTensor):  # sharded: each rank has the norm of its shard
             norm = norm.full_tensor()
         if norm.isfinite():
             self.in_a_row = 0
         else:
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-            for weight in weights:  # without a gradient no optimizer touches it
+            for weight in weights:  # optimizers leave a weight without a gradient unchanged
                 weight.grad = None
             if self.in_a_row >= self.patience:
                 self.stop(trainer)
@@ -110,12 +161,12 @@ class Finite(L.Callback):
         self.batch, self.spoiled = None, False
 
     def stop(self, trainer: L.Trainer) -> None:
-        kept = self.folder / f"nonfinite-{trainer.global_rank}.pt"
-        torch.save(self.batch, kept)
+        path = self.folder / f"nonfinite-{trainer.global_rank}.pt"
+        torch.save(self.batch, path)
         raise ValueError(
             f"The loss or its gradients were NaN or infinite in {self.in_a_row} steps in a row, the last at step "
-            f"{trainer.global_step}; its batch is {kept}. Lower method.optimizer.lr, set trainer.gradient_clip_val=1 "
-            "or trainer.precision=32-true, and go on from the newest checkpoint by resume=auto."
+            f"{trainer.global_step}; its batch is {path}. Lower method.optimizer.lr, set trainer.gradient_clip_val=1 "
+            "or trainer.precision=32-true, and continue from the newest checkpoint by resume=auto."
         )
 
     def state_dict(self) -> dict[str, int]:
@@ -133,7 +184,7 @@ class SaveFolder(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if isinstance(trainer.strategy, FSDP2):
-            raise ValueError("callbacks.save_folder writes what one rank holds whole: choose trainer=ddp or gpu.")
+            raise ValueError("callbacks.save_folder cannot write sharded weights: choose trainer=ddp or gpu.")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module.backbone, Backbone)
@@ -142,7 +193,7 @@ class SaveFolder(L.Callback):
 
 
 def peak_memory_gb() -> float:
-    """The most this process has held: on the GPU where there is one, else in main memory."""
+    """Return the peak memory of this process in GB: on the GPU if there is one, otherwise in main memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

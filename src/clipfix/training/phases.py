@@ -1,4 +1,4 @@
-"""What trains when, and at which rate: phases of a run, and the optimizer that serves them all."""
+"""Phases of training, and the optimizer and learning rate schedule of all phases."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ from clipfix.training.schedules import Schedule
 
 
 class Training(TypedDict):
-    """Arguments that every method passes on to its base class.
+    """Arguments that every method passes to its base class.
 
-    optimizer: `name`, a class of torch.optim, and its settings; settings that are null are left out.
-    schedule: factor on the learning rate, in each phase from its own first step.
-    steps: optimizer steps of the whole run; 0 trains nothing.
+    optimizer: `name`, a class of torch.optim, and its arguments; those that are null are left out.
+    schedule: factor on the learning rate. It starts anew in each phase.
+    steps: optimizer steps of the whole run; 0 for no training.
     """
 
     optimizer: dict[str, Any]
@@ -29,10 +29,12 @@ class Training(TypedDict):
 
 @dataclass(frozen=True)
 class Phase:
-    """A module that trains from optimizer step `first` until before `end`.
+    """A module that trains from optimizer step `first` to `end` - 1.
 
     Args:
-        module: its parameters that require a gradient train in this phase.
+        module: the parameters of it that require a gradient train in this phase.
+        first: the first optimizer step.
+        end: the optimizer step after the last.
         lr: learning rate; None for the optimizer's.
         loss: returns named loss terms of a batch during this phase; None for the method's `loss`.
     """
@@ -55,10 +57,12 @@ class Phase:
 def optimizer_of(
     phases: list[Phase], settings: Mapping[str, Any], schedule: Schedule, after_step: Callable[..., None]
 ) -> OptimizerLRSchedulerConfig:
-    """Return one optimizer with the parameters of all phases, and the schedule of each group, as Lightning takes them.
+    """Return one optimizer for the parameters of all phases, and a schedule for each group, in Lightning's format.
 
     Args:
+        phases: the phases of the run.
         settings: `name` of a class of torch.optim, and its arguments.
+        schedule: factor on the learning rate.
         after_step: called after each optimizer step.
     """
     arguments = dict(settings)
@@ -77,16 +81,16 @@ def optimizer_of(
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Return trained parameters in two groups: matrices decay; norms, biases, scalars and embedding tables do not.
+    """Return the trained parameters in two groups, with weight decay (matrices) and without (all others).
 
-    Source: CLIP (arXiv 2103.00020), section 2.5, decays "all weights that are not gains or biases". Tables of
-    positions and the class token join them here, because decay would pull rows that a batch never reads to zero.
+    Source: CLIP (arXiv 2103.00020), section 2.5, decays "all weights that are not gains or biases". Here the position
+    tables and the class token do not decay either, because decay would move rows to zero that no batch reads.
     """
     decay: list[nn.Parameter] = []
-    keep: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             is_table = name.endswith(("positional_embedding", "class_embedding", "pos_embed"))
-            (keep if parameter.ndim < 2 or is_table else decay).append(parameter)
-    groups: list[dict[str, Any]] = [{"params": decay}, {"params": keep, "weight_decay": 0.0}]
+            (no_decay if parameter.ndim < 2 or is_table else decay).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

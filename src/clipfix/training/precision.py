@@ -1,4 +1,4 @@
-"""How exact fp32 products of matrices are on a GPU."""
+"""Precision of fp32 matrix products on a GPU."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +9,11 @@ import torch
 
 @contextmanager
 def fp32_products(precision: Literal["highest", "high"]) -> Iterator[None]:
-    """Within the block: `highest`, fp32 as it is, 24 bits; `high`, TF32 with 11 bits, several times as fast.
+    """Set the precision of fp32 matrix products within the block.
 
-    On a CPU both are fp32.
+    Args:
+        precision: `highest` for fp32 with 24 bits, or `high` for TF32 with 11 bits, which is several times as fast.
+            On a CPU both are fp32.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)

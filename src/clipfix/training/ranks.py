@@ -1,7 +1,7 @@
-"""The batch that all ranks share: its rows gathered with gradient, and random draws that do not depend on their number.
+"""The joined batch of all ranks: gathers rows with gradients, and draws random numbers for any number of ranks.
 
 In training the rows of all ranks form one joined batch, so that any number of ranks computes the same loss. In
-validation, where the last batches of ranks differ in length, each rank scores its own rows alone.
+validation, where the last batches of ranks may differ in length, each rank uses its own rows alone.
 """
 
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from clipfix.system.ranks import rank_of
 
 
 class Ranks(nn.Module):
-    """This rank's place in the joined batch, and a random generator that all ranks seed alike.
+    """The position of this rank in the joined batch, and a random generator with the same seed on all ranks.
 
-    A module without parameters, so that `train()` and `eval()` of the method that holds it switch it as well: in eval
-    mode there is one rank. A method and its parts share one instance.
+    It is a module without parameters, so that `train()` and `eval()` of the method apply to it too: in eval mode there
+    is one rank. A method and its parts share one instance.
 
     Args:
-        seed: seed of the run. The draws of batch n follow from (seed, n) alone, so a resumed run repeats them.
+        seed: seed of the run. The draws of batch n depend on (seed, n) alone, so a resumed run repeats them.
     """
 
     generator: torch.Generator
@@ -38,18 +38,18 @@ class Ranks(nn.Module):
 
     @property
     def rank(self) -> int:
-        """Index of this rank among them."""
+        """Index of this rank among those that share a batch."""
         return rank_of()[0] if self.training else 0
 
     def reseed(self, batch_number: int, device: torch.device) -> None:
-        """Start the draws of a batch anew."""
+        """Seed the random draws of a batch."""
         state = np.random.SeedSequence([self.seed % 2**63, batch_number]).generate_state(1, np.uint64)
         self.generator = torch.Generator(device).manual_seed(int(state[0] >> 1))
 
     def sample(self, sampler: Callable[..., Tensor], *args: Any, rows: int, shape: tuple[int, ...] = ()) -> Tensor:
         """Return this rank's part, [rows, *shape], of `sampler(*args, (rows of all ranks, *shape))`.
 
-        Two ranks draw what one rank would draw for the joined batch.
+        Several ranks together get the draws that one rank would get for the joined batch.
         """
         device = self.generator.device
         joined = sampler(*args, (rows * self.size, *shape), generator=self.generator, device=device)
@@ -61,9 +61,9 @@ class Ranks(nn.Module):
 
 
 class Gather(torch.autograd.Function):
-    """all_gather whose backward pass sums the gradients that the ranks' losses have for these rows; DDP averages.
+    """all_gather whose backward pass sums the gradients of these rows over the losses of all ranks. DDP averages them.
 
-    torch has had three names for this since 2.6, and each deprecated the last.
+    torch has such a function too, but has renamed and deprecated it twice since 2.6.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""How the learning rate changes over the optimizer steps of a phase."""
+"""Learning rate schedules over the optimizer steps of a phase."""
 
 import math
 from abc import ABC, abstractmethod
@@ -6,24 +6,24 @@ from collections.abc import Sequence
 
 
 class Schedule(ABC):
-    """Linear warm-up, then what a subclass says.
+    """A linear warm-up, followed by a schedule that a subclass defines.
 
     Args:
-        warmup_steps: optimizer steps until the full rate; the first has 1 / warmup_steps of it.
+        warmup_steps: optimizer steps until the full learning rate; the first step has 1 / warmup_steps of it.
     """
 
     def __init__(self, warmup_steps: int) -> None:
         self.warmup_steps = warmup_steps
 
     def check(self, steps: int) -> None:
-        """Raise ValueError if the warm-up does not fit into the steps of the run."""
+        """Raise ValueError if the warm-up is longer than the run."""
         if not 0 <= self.warmup_steps <= steps:
             raise ValueError(
                 f"method.schedule.warmup_steps is {self.warmup_steps}: set it between 0 and method.steps ({steps})."
             )
 
     def factor(self, step: int, steps: int) -> float:
-        """Return the factor on the learning rate at `step`, counted from 0, of a phase of `steps` optimizer steps."""
+        """Return the factor on the learning rate at optimizer step `step` (from 0) of a phase of `steps` steps."""
         warmup = min(self.warmup_steps, steps)
         if step < warmup:
             return (step + 1) / warmup
@@ -31,11 +31,15 @@ class Schedule(ABC):
 
     @abstractmethod
     def after_warmup(self, step: int, steps: int) -> float:
-        """Return the factor at `step`, counted from the end of the warm-up, of the `steps` that remain."""
+        """Return the factor at `step`, counted from the end of the warm-up, of `steps` remaining steps."""
 
 
 class Cosine(Schedule):
-    """Half a cosine from the full rate to `floor` of it.
+    """Half a period of a cosine, from the full learning rate to a fraction of it.
+
+    Args:
+        warmup_steps: see `Schedule`.
+        floor: the last learning rate, as a fraction of the full one.
 
     Source: SGDR (arXiv 1608.03983), equation 5, without restarts.
     """
@@ -43,7 +47,9 @@ class Cosine(Schedule):
     def __init__(self, warmup_steps: int, floor: float) -> None:
         super().__init__(warmup_steps)
         if not 0 <= floor <= 1:
-            raise ValueError(f"method.schedule.floor is {floor}: set the last share of the rate, between 0 and 1.")
+            raise ValueError(
+                f"method.schedule.floor is {floor}: set it between 0 and 1, a fraction of the learning rate."
+            )
         self.floor = floor
 
     def after_warmup(self, step: int, steps: int) -> float:
@@ -51,13 +57,19 @@ class Cosine(Schedule):
 
 
 class Steps(Schedule):
-    """The full rate, multiplied by `factor` at each of some shares of the steps after the warm-up."""
+    """The full learning rate, multiplied by a factor at some of the steps after the warm-up.
+
+    Args:
+        warmup_steps: see `Schedule`.
+        at: when the learning rate drops, as fractions of the steps after the warm-up.
+        factor: factor on the learning rate at each drop.
+    """
 
     def __init__(self, warmup_steps: int, at: Sequence[float], factor: float) -> None:
         super().__init__(warmup_steps)
-        if not all(0 < share < 1 for share in at):
-            raise ValueError(f"method.schedule.at is {list(at)}: give shares of the steps, each between 0 and 1.")
+        if not all(0 < fraction < 1 for fraction in at):
+            raise ValueError(f"method.schedule.at is {list(at)}: give fractions of the steps, each between 0 and 1.")
         self.at, self.drop = list(at), factor
 
     def after_warmup(self, step: int, steps: int) -> float:
-        return self.drop ** sum(step >= share * steps for share in self.at)
+        return self.drop ** sum(step >= fraction * steps for fraction in self.at)

@@ -8,7 +8,7 @@ import torch
 from torchvision.transforms.functional import to_pil_image
 
 from clipfix.evals.plots import Cell, gallery
-from clipfix.methods.denoise import Denoise, joined_texts
+from clipfix.methods.denoise import Denoise, join_captions
 from clipfix.results.report import show
 
 
@@ -34,7 +34,7 @@ class Samples(L.Callback):
         if batch_idx > 0 or not trainer.is_global_zero:
             return
         assert isinstance(pl_module, Denoise)
-        texts = joined_texts(batch)[: self.count]
+        texts = join_captions(batch)[: self.count]
         noise = torch.Generator().manual_seed(0)
         with torch.compiler.set_stance("force_eager"):  # another number of pictures would be compiled anew
             told, null = pl_module.diffusion.condition(texts), pl_module.diffusion.condition([""])[0]
