@@ -138,7 +138,7 @@ def test_optuna_draws_from_the_ranges_of_wandb(method):
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     trial = study.ask()
     trial.set_user_attr("method.optimizer.lr", "1e-3")  # as the command line settles it
-    sweeps.draw(config, trial)
+    sweeps.suggest(config, trial)
     assert trial.params.keys() >= told["parameters"].keys() - {"method.optimizer.lr"}
     assert "method.optimizer.lr" not in trial.params
     for name, drawn in trial.distributions.items():
@@ -154,10 +154,10 @@ def test_optuna_draws_from_the_ranges_of_wandb(method):
 
 
 def test_each_worker_of_a_sweep_takes_another_gpu(tmp_path):
-    held = [sweeps.taken.__wrapped__(str(tmp_path), "4,7") for _ in range(3)]
+    held = [sweeps.claim_gpu.__wrapped__(str(tmp_path), "4,7") for _ in range(3)]
     assert [device for device, _ in held] == ["4", "7", "4"]
     held[1][1].close()  # its process ended
-    assert sweeps.taken.__wrapped__(str(tmp_path), "4,7")[0] == "7"
+    assert sweeps.claim_gpu.__wrapped__(str(tmp_path), "4,7")[0] == "7"
 
 
 @pytest.mark.parametrize(

@@ -74,17 +74,17 @@ def test_another_seed_or_rate_is_another_run(world, tmp_path, monkeypatch, capsy
 def test_a_config_of_another_kind_is_passed_over(text, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(text)
-    assert resolvers.newest(tmp_path, {"seed": 0}) is None
+    assert resolvers.newest_same_run(tmp_path, {"seed": 0}) is None
     method = {"_target_": "clipfix.methods.finetune.Finetune"}
     data = {"train": "a", "batch_size": 8, "texts": {}, "prepare": None}
     own = {"seed": 0, "wise": None, "method": method, "data": data, "backbone": None}
-    assert resolvers.newest(tmp_path, own) is None
+    assert resolvers.newest_same_run(tmp_path, own) is None
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(own))
-    assert resolvers.newest(tmp_path, own) == tmp_path / "run"
+    assert resolvers.newest_same_run(tmp_path, own) == tmp_path / "run"
 
 
 def test_runs_of_one_second_have_folders_of_their_own(tmp_path):
-    assert len({resolvers.new(tmp_path / "outputs") for _ in range(5)}) == 5
+    assert len({resolvers.new_folder(tmp_path / "outputs") for _ in range(5)}) == 5
 
 
 def test_killed_while_it_saves(world, whole, tmp_path, monkeypatch, capsys):
@@ -128,7 +128,7 @@ def test_asked_to_end_it_saves_and_goes_on(
     with pytest.raises(SystemExit) as stopped:
         command(*settings, send(number, "on_train_batch_start", batch))
     assert stopped.value.code == 128 + signal.SIGTERM
-    assert f"Asked to stop, and saved after step {step}: resume=auto" in capsys.readouterr().out
+    assert f"saved after step {step}. Set resume=auto" in capsys.readouterr().out
     (run,) = (tmp_path / "outputs").glob("*/*")
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == step

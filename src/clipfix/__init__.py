@@ -1,16 +1,17 @@
 """clipfix repairs CLIP models and scores them before and after.
 
-cli/         the command line: config, verbs, sweeps, error messages
-methods/     one paper, one file; parts/ is what they are made of and share
-functional/  the formulas of the papers
-models/      CLIP, the diffusion model, adapters, weight files
-data/        shards to batches; sets/ reads published data sets, scenes/ draws a world
+cli/         command line: verbs, config checks, sweeps, error messages
+methods/     one file per paper
+parts/       objects that methods are composed of, chosen in conf/<part>/
+functional/  formulas of the papers, as pure functions
+models/      CLIP, diffusion models, adapters, reading of weight files
+data/        shards to batches; sets/ reads published data sets, scenes/ draws the synthetic world
 training/    phases, schedules, ranks, checkpoints, callbacks
-evals/       benchmarks: a model in, named scores out
-results/     results.json, reports, pictures, runs side by side
-annotate/    shards with captions, features or latents added
-export/      folders that other libraries load
-system/      files, processes, secrets, names that moved
+evals/       benchmarks: each computes named scores of a model
+results/     results.json, report of a run, pictures, comparison of runs
+annotate/    adds captions, features or latents to shards
+export/      writes models in the formats of other libraries
+system/      files, ranks, secrets, old names of moved classes
 """
 
 from pathlib import Path

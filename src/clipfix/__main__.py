@@ -6,9 +6,9 @@ from clipfix.cli import command, errors
 
 
 def main() -> None:
-    """Run the command: one readable line for the user's mistakes, a traceback for ours."""
+    """Run the command. User errors end in a one-line message, bugs in a traceback."""
     with errors.in_one_line():
-        command.start(sys.argv[1:])
+        command.run_command(sys.argv[1:])
 
 
 if __name__ == "__main__":

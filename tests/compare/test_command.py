@@ -12,7 +12,7 @@ from runs import run
 from wandb_runs import stored
 
 from clipfix.__main__ import main
-from clipfix.cli.command import named
+from clipfix.cli.command import expand_short_forms
 from clipfix.results.record import Record
 from clipfix.results.workspace import workspace
 
@@ -100,8 +100,8 @@ def test_what_does_not_compare_is_answered_in_one_line(words, message, clipfix, 
 
 
 def test_other_verbs_get_their_words_as_they_are():
-    assert named(["run=fit", "seed=1", "oops"]) == ["run=fit", "seed=1", "oops"]
-    assert named(["run=compare", "seed=1"]) == ["run=compare", "seed=1"]
+    assert expand_short_forms(["run=fit", "seed=1", "oops"]) == ["run=fit", "seed=1", "oops"]
+    assert expand_short_forms(["run=compare", "seed=1"]) == ["run=compare", "seed=1"]
 
 
 def test_it_starts_without_torch():

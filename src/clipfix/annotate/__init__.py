@@ -53,7 +53,7 @@ class Reader(IterableDataset):
         slot, workers = (info.id, info.num_workers) if info else (0, 1)
         for name, url in self.shards[slot::workers]:
             errors, left_out = list[str](), list[str]()
-            raws = read_shard(url, tell=partial(note, errors))
+            raws = read_shard(url, on_error=partial(note, errors))
             while pairs := list(self._decoded(raws, left_out := [])):
                 kept, inputs = self._ready(pairs, left_out)
                 yield {"shard": name, "raws": kept, "inputs": inputs, "left_out": left_out, "end": False}

@@ -1,1 +1,1 @@
-"""The command line: verbs, sweeps, the check of a config, and errors in one line."""
+"""The command line: verbs, sweeps, the check of a config's types, and one-line error messages."""

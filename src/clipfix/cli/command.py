@@ -1,4 +1,4 @@
-"""The command: its words, one run by Hydra, or all jobs of a sweep."""
+"""Runs a command: one run composed by Hydra, or all jobs of a sweep."""
 
 import logging
 import sys
@@ -13,47 +13,47 @@ from omegaconf import DictConfig, OmegaConf
 
 from clipfix import CONF
 from clipfix.cli import errors
-from clipfix.cli.resolvers import new
+from clipfix.cli.resolvers import new_folder
 from clipfix.cli.run import Run
-from clipfix.cli.sweeps import in_sweep, installed, settle_worker, side_by_side
+from clipfix.cli.sweeps import check_plugins, compare_jobs, in_sweep, prepare_worker
 from clipfix.cli.verbs import VERBS
 from clipfix.system import secrets
 from clipfix.system.ranks import environment
 
 
-def start(words: list[str]) -> None:
-    """Run the command with these words, which stand behind its name."""
-    sys.argv[1:] = words = named(words)
+def run_command(arguments: list[str]) -> None:
+    """Run the command with these arguments, those after the program's name."""
+    sys.argv[1:] = arguments = expand_short_forms(arguments)
     logging.setLogRecordFactory(secrets.Record)
-    secrets.check_words(words)
-    installed(words)
-    if {"-m", "--multirun"}.isdisjoint(words):
+    secrets.check_words(arguments)
+    check_plugins(arguments)
+    if {"-m", "--multirun"}.isdisjoint(arguments):
         run()
     else:
-        sweep(words)
+        sweep(arguments)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def run(cfg: DictConfig) -> float | None:
-    """Run one verb, or one job of a sweep; return what a sweeper judges it by."""
+    """Run one verb, or one job of a sweep, and return the score that a sweeper optimizes."""
     folder = Path(HydraConfig.get().runtime.output_dir)
-    logging.setLogRecordFactory(secrets.Record)  # again, in a process that a launcher started
+    logging.setLogRecordFactory(secrets.Record)  # a launcher may have started a new process for this job
     try:
         if in_sweep() and "joblib" in HydraConfig.get().launcher._target_:
-            settle_worker(str(folder.parent))
+            prepare_worker(str(folder.parent))
         if cfg.run not in VERBS:
-            raise ValueError(f"run={cfg.run} is no verb: choose from {', '.join(VERBS)}.")
+            raise ValueError(f"run={cfg.run} does not exist: choose from {', '.join(VERBS)}.")
         verb, groups = VERBS[cfg.run]
         if missing := list(unset(OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(groups))))):
-            raise ValueError(f"Not set: {', '.join(missing)}. Give a value on the command line, as in {missing[0]}=...")
+            raise ValueError(f"Not set: {', '.join(missing)}. Set it on the command line: {missing[0]}=...")
         score = verb(Run.of_hydra(cfg, groups))
     except Exception as error:
         close(folder, exit_code=1)
-        raised = errors.reraised(error, cfg, in_sweep())
+        raised = errors.error_to_raise(error, cfg, in_sweep())
         if raised is error:
             raise
         raise raised from raised.__cause__
-    except BaseException:  # Ctrl-C, or asked to stop
+    except BaseException:  # Ctrl-C or SIGTERM
         close(folder, exit_code=1)
         raise
     close(folder, exit_code=0)
@@ -61,7 +61,7 @@ def run(cfg: DictConfig) -> float | None:
 
 
 def close(folder: Path, exit_code: int) -> None:
-    """Finish W&B's run and remove an empty folder, so that the next run of a sweep starts clean."""
+    """Finish the W&B run and remove the run folder if it is empty, so that the next job of a sweep starts clean."""
     if "wandb" in sys.modules:
         sys.modules["wandb"].finish(exit_code=exit_code)
     with suppress(OSError):
@@ -77,34 +77,34 @@ def unset(node: Any, path: str = "") -> Iterator[str]:
             yield from unset(value, f"{path}.{key}")
 
 
-def sweep(words: list[str]) -> None:
-    """Run all jobs, then show the results of those that finished side by side.
+def sweep(arguments: list[str]) -> None:
+    """Run all jobs of a sweep, then compare the results of those that finished.
 
-    The folder is chosen here, because Hydra does not say which one it took.
+    The sweep folder is chosen here, because Hydra does not return the one that it chose.
     """
     if (ranks := environment()) and ranks.world_size() > 1:
         raise ValueError("torchrun and srun start the ranks of one run: start a sweep (-m) once, docs/launch.md.")
     key = "hydra.sweep.dir="
-    given = [word.removeprefix(key) for word in words if word.startswith(key)]
-    folder = Path(given[-1]) if given else new(Path("outputs", "sweeps"))
-    sys.argv[1:] = [*words, *([] if given else [f"{key}{folder}"])]
+    given = [argument.removeprefix(key) for argument in arguments if argument.startswith(key)]
+    folder = Path(given[-1]) if given else new_folder(Path("outputs", "sweeps"))
+    sys.argv[1:] = [*arguments, *([] if given else [f"{key}{folder}"])]
     try:
         run()
     finally:
-        side_by_side(folder)
+        compare_jobs(folder)
         with suppress(OSError):
-            folder.rmdir()  # empty where no job began
+            folder.rmdir()  # it is empty if no job started
 
 
-def named(words: list[str]) -> list[str]:
-    """Turn short words into those that Hydra knows: `run=compare a.json b.json`, `run=export to=timm output=folder`."""
-    if "run=export" in words:
+def expand_short_forms(arguments: list[str]) -> list[str]:
+    """Return the overrides that Hydra reads: `run=compare a.json b.json` and `run=export to=timm` are short forms."""
+    if "run=export" in arguments:
         short = ("to=", "output=", "overwrite=", "dtype=", "push_to=", "licence=")
-        return [f"export.{word}" if word.startswith(short) else word for word in words]
-    if "run=compare" not in words:
-        return words
-    files = [word for word in words if not word.startswith("-") and ("=" not in word or Path(word).exists())]
+        return [f"export.{argument}" if argument.startswith(short) else argument for argument in arguments]
+    if "run=compare" not in arguments:
+        return arguments
+    files = [one for one in arguments if not one.startswith("-") and ("=" not in one or Path(one).exists())]
     if not files:
-        return words
+        return arguments
     quoted = ",".join("'" + file.replace("\\", "\\\\").replace("'", "\\'") + "'" for file in files)
-    return [word for word in words if word not in files] + [f"compare.results=[{quoted}]"]
+    return [argument for argument in arguments if argument not in files] + [f"compare.results=[{quoted}]"]

@@ -1,4 +1,4 @@
-"""The user's mistakes in one line each: one function an error class, with the reason why it needs one."""
+"""One-line messages for errors of the user. Each kind of error has one function, whose docstring says why."""
 
 import difflib
 import os
@@ -16,23 +16,23 @@ from omegaconf.errors import ConfigAttributeError, OmegaConfBaseException
 
 from clipfix.system import secrets
 
-MISTAKES = (HydraException, OmegaConfBaseException, ValueError)
-CHUNK = 64  # suggested where a key that bounds memory is null
+USER_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
+CHUNK = 64  # the suggested value of a key that bounds memory and is null
 
 
-class Mistake(BaseException):
+class UserError(BaseException):
     """Carries a user error past Hydra, which would print any `Exception` itself."""
 
 
 @contextmanager
 def in_one_line() -> Iterator[None]:
-    """Exit with one line for a mistake of the user; other errors, which are ours, keep their traceback."""
+    """Exit with a one-line message after a user error. Other errors are bugs and keep their traceback."""
     verbose = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them its own way
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them
     try:
         yield
-    except (Mistake, *MISTAKES) as raised:
-        error = raised.__cause__ if isinstance(raised, Mistake) else raised
+    except (UserError, *USER_ERRORS) as raised:
+        error = raised.__cause__ if isinstance(raised, UserError) else raised
         assert error is not None
         if verbose:
             raise error from error.__cause__
@@ -40,15 +40,15 @@ def in_one_line() -> Iterator[None]:
         sys.exit(f"clipfix: {message}\n(HYDRA_FULL_ERROR=1 shows where this was raised)")
 
 
-def reraised(error: Exception, cfg: DictConfig, in_sweep: bool) -> BaseException:
-    """Return what to raise in place of an error of a run: for a mistake something that ends in one line."""
+def error_to_raise(error: Exception, cfg: DictConfig, in_sweep: bool) -> BaseException:
+    """Return the exception to raise in place of an error of a run: a `UserError` if it is an error of the user."""
     raised: Exception = out_of_memory(error, cfg) if is_out_of_memory(error) else error
     if in_sweep:
         return failed_job(raised)
-    if isinstance(raised, MISTAKES):
-        mistake = Mistake()
-        mistake.__cause__ = raised
-        return mistake
+    if isinstance(raised, USER_ERRORS):
+        user_error = UserError()
+        user_error.__cause__ = raised
+        return user_error
     return raised
 
 
@@ -57,41 +57,44 @@ def one_line(text: str) -> str:
 
 
 def explain(error: BaseException) -> str:
-    """Return the words of an error that are for the user."""
+    """Return the part of an error's message that helps the user."""
     cause = error.__cause__
     if "Original Traceback" in str(error):
-        return of_a_worker(error)
+        return loader_worker_message(error)
     if isinstance(cause, ValueError):
-        return of_a_constructor(cause)
+        return constructor_message(cause)
     if isinstance(cause, ConfigAttributeError) and cause.parent_node is not None:
-        return of_an_unknown_key(cause)
+        return unknown_key_message(cause)
     if cause is not None and "Error in call to target" in str(error):
-        return of_a_call(error, cause)
-    return of_a_choice(error)
+        return call_message(error, cause)
+    return config_message(error)
 
 
-def of_a_worker(error: BaseException) -> str:
-    """An error in a data loader's worker. Torch sends its traceback as text; only the last line is for the user."""
+def loader_worker_message(error: BaseException) -> str:
+    """Return the message of an error in a data loader's worker: the last line of the traceback that torch sends."""
     return str(error).strip().rpartition("\nValueError: ")[2]
 
 
-def of_a_constructor(cause: ValueError) -> str:
-    """A value that a constructor refused. Hydra wraps its words in a text of its own."""
+def constructor_message(cause: ValueError) -> str:
+    """Return the message of a ValueError that a constructor raised. Hydra wraps it in a message of its own."""
     return str(cause)
 
 
-def of_a_call(error: BaseException, cause: BaseException) -> str:
-    """Another error in a constructor, such as a TypeError: it does not name the config key, Hydra's text does."""
+def call_message(error: BaseException, cause: BaseException) -> str:
+    """Return the message of another error in a constructor, such as a TypeError, with the config key.
+
+    The key is only in Hydra's message.
+    """
     return f"{str(error).rpartition('full_key: ')[2]}: {cause}"
 
 
-def of_a_choice(error: BaseException) -> str:
-    """A group without such a choice, and everything else: Hydra's words, without the list of folders it searched."""
+def config_message(error: BaseException) -> str:
+    """Return Hydra's message, as of a group that lacks the requested choice, without the folders that it searched."""
     return str(error).split("Config search path")[0]
 
 
-def of_an_unknown_key(cause: ConfigAttributeError) -> str:
-    """A mistyped key. OmegaConf only says that it is not there; the user wants to see those that are."""
+def unknown_key_message(cause: ConfigAttributeError) -> str:
+    """Return a message for a mistyped key that lists the keys of its group. OmegaConf's message lists none."""
     wrong = str(cause.full_key)
     prefix = wrong.rpartition(".")[0]
     choices = [f"{prefix}.{key}".lstrip(".") for key in cause.parent_node if key != "hydra"]  # type: ignore[union-attr]
@@ -106,34 +109,37 @@ def of_an_unknown_key(cause: ConfigAttributeError) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether the error means out of memory: on the GPU, on the host, or in a killed loader worker.
 
-    Decided by names and words: importing torch for its exception would cost seconds before every other error.
+    The test is by class name and message. Importing torch for its exception would delay every other error by seconds.
     """
     signs = ("DefaultCPUAllocator", "CUDA out of memory", "killed by signal: Killed", "Unable to allocate")
     return type(error).__name__ in ("OutOfMemoryError", "MemoryError") or any(sign in str(error) for sign in signs)
 
 
 def out_of_memory(error: BaseException, cfg: DictConfig) -> ValueError:
-    """Return an error that names the keys of this run which take less memory, the surest first."""
+    """Return an error that names the config keys of this run that reduce memory, the most effective first."""
     keys: list[str] = {"fit": ["data.batch_size", *memory_keys(cfg)], "annotate": ["annotator.batch_size"]}.get(
         cfg.run, []
     )
-    hints = [hint for key in keys if (hint := smaller(cfg, key))]
-    hints += ["raise trainer.accumulate_grad_batches, which keeps the step as large"] if cfg.run == "fit" else []
-    why = str(error).strip().partition("\n")[0][:200] or type(error).__name__
-    found = ValueError(f"Out of memory ({why}): {'; '.join(hints) or 'take a smaller backbone, or a larger machine'}.")
-    found.__cause__ = error
-    return found
+    hints = [hint for key in keys if (hint := memory_hint(cfg, key))]
+    hints += (
+        ["raise trainer.accumulate_grad_batches to keep the number of images in a step"] if cfg.run == "fit" else []
+    )
+    reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+    advice = "; ".join(hints) or "choose a smaller backbone or a machine with more memory"
+    value_error = ValueError(f"Out of memory ({reason}): {advice}.")
+    value_error.__cause__ = error
+    return value_error
 
 
 def memory_keys(cfg: DictConfig) -> list[str]:
-    """Return the config keys that bound the memory of a fit: those that the method declares, and its models'."""
+    """Return the config keys that bound the memory of a fit: those that the method declares and those of its models."""
     method: Any = get_class(cfg.method._target_)
     models = ["backbone.checkpointing", *(["diffusion.checkpointing"] if "diffusion" in cfg.method else [])]
     return [*method.memory, *models]
 
 
-def smaller(cfg: DictConfig, key: str) -> str:
-    """Return which other value of a key takes less memory; nothing where it is absent or already set to that."""
+def memory_hint(cfg: DictConfig, key: str) -> str:
+    """Return how to change a key so that a run needs less memory; "" if the key is absent or already set that way."""
     group, _, name = key.rpartition(".")
     if name not in (OmegaConf.select(cfg, group) or {}):
         return ""
@@ -149,14 +155,15 @@ def smaller(cfg: DictConfig, key: str) -> str:
 
 
 def failed_job(error: Exception) -> ValueError:
-    """Print the error of a sweep's job at once, because the others go on first, and return it in one line.
+    """Print the error of a sweep's job and return it as a ValueError with one line.
 
-    Only words come back from a job in another process.
+    It is printed at once, because the remaining jobs run first. It is reduced to text, because a job may run in another
+    process, from which exceptions do not come back intact.
     """
     job = HydraConfig.get()
-    if not isinstance(error, MISTAKES):
+    if not isinstance(error, USER_ERRORS):
         traceback.print_exception(error)
-    words = " ".join(job.overrides.task)
-    message = secrets.hidden(one_line(f"job {job.job.num} of the sweep: {explain(error)} [{words}]"))
+    overrides = " ".join(job.overrides.task)
+    message = secrets.hidden(one_line(f"job {job.job.num} of the sweep: {explain(error)} [{overrides}]"))
     print(f"clipfix: {message}", file=sys.stderr, flush=True)
     return ValueError(message)

@@ -1,6 +1,6 @@
-"""What yaml may ask for, as in ${run_folder:...}.
+"""Resolvers for the config, such as ${run_folder:...}.
 
-Registered by a module of their own, which `verbs` imports: jobs that a launcher starts elsewhere see no __main__.
+They are registered on import of this module. `verbs` imports it, because jobs of a launcher do not run __main__.
 """
 
 import os
@@ -16,84 +16,90 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from clipfix import CONF, PACKAGE
-from clipfix.cli.sweeps import ranges
+from clipfix.cli.sweeps import search_space
 from clipfix.results import identity
 from clipfix.system import ranks
 
-IDENTITY = ("seed", "wise", "method", "data", "backbone")  # as conf/config.yaml hands them in
+IDENTITY = ("seed", "wise", "method", "data", "backbone")  # in the order of the arguments in conf/config.yaml
 
 
 def run_folder(verb: str, name: str, resume: str | None, *config: Any) -> str:
-    """A new folder under outputs/<name>, or with resume=auto that of the newest run of `fit` with this config, however
-    far it came.
+    """Return a new folder in outputs/<name>, or with `resume=auto` the folder of the newest fit with this config.
 
-    Of several ranks the first decides: the others may have started in another second, or found it just begun.
+    Rank 0 decides for all ranks, because the names of new folders depend on the second in which a rank starts.
+
+    Args:
+        verb: The value of `run`.
+        name: <method>-<backbone>.
+        resume: The value of `resume`.
+        config: The values of the keys in `IDENTITY`.
     """
-    runs = Path("outputs", verb if verb == "compare" else name)  # which compares several methods and backbones
+    runs = Path("outputs", verb if verb == "compare" else name)  # a comparison has no single method and backbone
 
     def decide() -> str:
-        goes_on = verb == "fit" and resume == "auto"
-        return str((goes_on and newest(runs, dict(zip(IDENTITY, config, strict=True)))) or new(runs))
+        resumes = verb == "fit" and resume == "auto"
+        current = dict(zip(IDENTITY, config, strict=True))
+        return str((resumes and newest_same_run(runs, current)) or new_folder(runs))
 
     return ranks.agreed(decide)
 
 
-def new(runs: Path) -> Path:
-    """A folder named after this second, made here so that no other run that starts in it takes the same."""
-    named = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+def new_folder(runs: Path) -> Path:
+    """Make and return a folder named after this second. Runs that start in the same second get different folders."""
+    name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     for number in count(1):
-        folder = runs / (named if number == 1 else f"{named}-{number}")
+        folder = runs / (name if number == 1 else f"{name}-{number}")
         with suppress(FileExistsError):
             folder.mkdir(parents=True)
             return folder
     raise AssertionError
 
 
-def newest(runs: Path, own: Mapping[str, Any]) -> Path | None:
-    """The run to go on with: another seed, learning rate or corpus is another run, even where it is the newest."""
-    wanted = same_run(own)
+def newest_same_run(runs: Path, config: Mapping[str, Any]) -> Path | None:
+    """Return the folder of the newest run whose `same_run` equals that of this config; None if there is none."""
+    wanted = same_run(config)
     started = sorted(runs.glob("*/config.yaml"), reverse=True)
     for file in started:
-        with suppress(YAMLError):  # cut off
+        with suppress(YAMLError):  # a run that was killed while writing it
             stored: Any = identity.stored(file.read_text())
             if wanted and wanted == same_run(stored):
                 return file.parent
     if wanted and started:
         print(
-            f"No run in {runs} ({len(started)} there) has this recipe, seed, backbone and data.train: a new one "
-            "begins. To go on with one of them all the same, give its file: resume=.../checkpoints/last.ckpt"
+            f"resume=auto: none of the {len(started)} runs in {runs} has this recipe, seed, backbone and data.train. "
+            "A new run starts. To continue one of them, give its checkpoint: resume=.../checkpoints/last.ckpt"
         )
     return None
 
 
 def same_run(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run and the one that it goes on with have in common; {} of a config that is incomplete or of another kind.
+    """Return the part of a config that must be equal for a run to be resumed; {} of an incomplete or foreign config.
 
-    Devices, precision and loggers may change: a run may go on elsewhere.
+    Devices, precision and loggers are not part of it, because a run may be resumed on another machine.
     """
     with suppress(OmegaConfBaseException, KeyError, TypeError, AttributeError):
-        read = {"backbone": config["backbone"], "train": config["data"]["train"]}
-        return identity.repair(config) | identity.portable(read)
+        inputs = {"backbone": config["backbone"], "train": config["data"]["train"]}
+        return identity.repair(config) | identity.portable(inputs)
     return {}
 
 
 def recipe_or(group: str, recipe: str, default: str) -> str:
     """Return the option of a group that is named after a recipe, <method>-<backbone>-<data>, or the default.
 
-    For defaults lists: a recipe sets values, but Hydra lets no file with an interpolated name choose an option.
+    Defaults lists use it, because Hydra does not let a recipe, whose name is interpolated, choose an option of a group.
     """
     return recipe if (CONF / group / f"{recipe}.yaml").is_file() else default
 
 
 def quiet_wandb() -> None:
-    """Keep W&B from printing more than errors in this process: the end of the screen is for the scores."""
+    """Make W&B print errors only, so that the scores are the last lines on the screen."""
     import wandb
 
     wandb.setup(settings=wandb.Settings(quiet=True, show_info=False, show_warnings=False))
 
 
 def wandb_mode() -> str:
-    """Return "online" where somebody is logged in to W&B, else "offline", without a prompt; WANDB_MODE overrides it."""
+    """Return WANDB_MODE if it is set, else "online" if the user is logged in to W&B, else "offline". Never prompt."""
     import wandb
 
     quiet_wandb()
@@ -101,18 +107,19 @@ def wandb_mode() -> str:
 
 
 def wandb_group(mode: Any, sweep: str, name: str) -> str:
-    """Jobs of one sweep are a group of W&B; other runs are grouped by method and backbone."""
+    """Return the W&B group of a run: the sweep that it belongs to, else its method and backbone."""
     return f"sweep-{Path(sweep).name}" if str(mode) == "RunMode.MULTIRUN" else name
 
 
-def jobs() -> int:
-    """Of a sweep at a time on this machine: one a GPU; without GPUs one a core, which joblib calls -1."""
+def parallel_jobs() -> int:
+    """Return the number of parallel sweep jobs: one per GPU, or -1 (all cores) without GPUs."""
     import torch
 
     return torch.cuda.device_count() or -1
 
 
 def register() -> None:
+    """Register all resolvers with OmegaConf."""
     OmegaConf.register_new_resolver("package", lambda path: str(PACKAGE / path), replace=True)
     OmegaConf.register_new_resolver("basename", lambda path: path.rpartition("/")[2], replace=True)
     OmegaConf.register_new_resolver("run_folder", run_folder, use_cache=True, replace=True)
@@ -121,8 +128,8 @@ def register() -> None:
     OmegaConf.register_new_resolver("devices", ranks.devices, replace=True)
     OmegaConf.register_new_resolver("wandb_mode", wandb_mode, use_cache=True, replace=True)
     OmegaConf.register_new_resolver("wandb_group", wandb_group, replace=True)
-    OmegaConf.register_new_resolver("jobs", jobs, replace=True)
-    OmegaConf.register_new_resolver("trials", lambda method: ranges(method)["run_cap"], replace=True)
+    OmegaConf.register_new_resolver("jobs", parallel_jobs, replace=True)
+    OmegaConf.register_new_resolver("trials", lambda method: search_space(method)["run_cap"], replace=True)
 
 
 register()

@@ -1,4 +1,4 @@
-"""One run: its config, its folder, and what is built from them once."""
+"""The `Run` object: the config and folder of one run, and the objects built from them."""
 
 import logging
 import time
@@ -21,50 +21,50 @@ from clipfix.results import identity
 from clipfix.system import ranks
 from clipfix.system.secrets import without_secrets
 
-# Warnings about what is meant to be so, which would push the table off the screen.
+# Warnings about intended behaviour, which would push the table off the screen.
 HARMLESS = (
-    r"Found \d+ module\(s\) in eval mode",  # frozen models rest in eval mode
-    r"`isinstance\(treespec, LeafSpec\)`",  # between Lightning and torch
+    r"Found \d+ module\(s\) in eval mode",  # frozen models stay in eval mode
+    r"`isinstance\(treespec, LeafSpec\)`",  # Lightning calls a deprecated function of torch
     r"Total length of `list` across ranks is zero",  # a run without a selection split
     r"You defined a `validation_step` but have no",  # the same
     r"Checkpoint directory .* exists and is not empty",  # a resumed run
     r"y_pred contains classes not in y_true",  # a probe on a small test split
-    r"WebDataset\(shardshuffle=...\) is None",  # clip_benchmark reads in order, and means to
+    r"WebDataset\(shardshuffle=...\) is None",  # clip_benchmark reads in stored order on purpose
 )
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a verb gets. Heavy libraries are imported when something is first built.
+    """The argument of every verb. Objects are built on first access, which imports the heavy libraries they need.
 
     Args:
-        config: The whole config, composed.
+        config: The composed config.
         choices: {group: name of its choice}.
-        words: The words of the command line.
+        overrides: The overrides on the command line.
         folder: The run folder.
-        groups: The config groups that this verb reads.
+        groups: The config groups that the verb reads.
     """
 
     config: DictConfig
     choices: Mapping[str, str]
-    words: Sequence[str]
+    overrides: Sequence[str]
     folder: Path
     groups: Sequence[str]
     started: float = field(default_factory=time.perf_counter)
 
     @classmethod
     def of_hydra(cls, config: DictConfig, groups: Sequence[str]) -> "Run":
-        """Return the run that Hydra has just composed."""
+        """Return the run for a config that Hydra has composed in this process."""
         hydra = HydraConfig.get()
         return cls(config, hydra.runtime.choices, hydra.overrides.task, Path(hydra.runtime.output_dir), groups)
 
-    # -- what is built once --------------------------------------------------------------------------------------------
+    # -- objects that are built once -----------------------------------------------------------------------------------
 
     @cached_property
     def benchmarks(self) -> dict[str, Any]:
-        """The benchmarks of `eval` whose data is there.
+        """The benchmarks of `eval` whose data is on disk.
 
-        Published data is looked for by its own settings: what is missing is named before torch is imported.
+        Published data sets are built first, so that missing ones are reported before torch is imported.
         """
         from clipfix.data.sets import present
 
@@ -76,7 +76,7 @@ class Run:
 
     @cached_property
     def backbone(self) -> Any:
-        """The backbone of the config, loaded after `seed_and_check`."""
+        """The backbone of the config, loaded after `seed_and_check` has run."""
         self.seed_and_check()
         return instantiate(self.config.backbone)
 
@@ -89,18 +89,20 @@ class Run:
 
     @cached_property
     def method(self) -> Any:
-        """The method of the config, around the backbone."""
+        """The method of the config, with the backbone. Its optimizer is built once to check `method.optimizer`."""
         method = instantiate(self.config.method, backbone=self.backbone)
         try:
             method.configure_optimizers()
-        except Exception as error:  # torch raises whatever its arithmetic meets
+        except Exception as error:  # optimizers of torch raise many types
             raise ValueError(f"method.optimizer: {error}") from error
         return method
 
     @cached_property
     def data(self) -> Any:
-        """The data of the config with what the method needs, complete on disk."""
-        data = instantiate(self.config.data, _partial_=True)(needs=self.method.needs)  # Hydra would make a config of it
+        """The data of the config, prepared on disk and checked against the needs of the method."""
+        data = instantiate(self.config.data, _partial_=True)(
+            needs=self.method.needs
+        )  # Hydra converts a dataclass to a config
         data.prepare_data()
         data.setup("fit")
         return data
@@ -108,7 +110,7 @@ class Run:
     # -- checks --------------------------------------------------------------------------------------------------------
 
     def seed_and_check(self) -> None:
-        """Seed the process, silence harmless warnings, and refuse values of a wrong type."""
+        """Seed the process, silence harmless warnings, and raise an error for values of a wrong type."""
         import lightning as L
 
         from clipfix.cli.arguments import check_arguments
@@ -124,17 +126,17 @@ class Run:
         L.seed_everything(self.config.seed, workers=True, verbose=False)
 
     def check_report(self) -> None:
-        """Refuse values of `report` that would only be read at the end of the run."""
+        """Raise an error for wrong values in `report` now, because they are used only at the end of the run."""
         table, pictures = self.config.report.table, self.config.report.pictures
         if table not in (tables := ("headlines", "full")):
             raise ValueError(f"report.table={table}: choose from {', '.join(tables)}.")
         if not isinstance(pictures, bool):
-            raise ValueError(f"report.pictures={pictures}: set true or false.")
+            raise ValueError(f"report.pictures={pictures}: set it to true or false.")
 
-    # -- what it leaves ------------------------------------------------------------------------------------------------
+    # -- results -------------------------------------------------------------------------------------------------------
 
     def config_and_choices(self) -> dict[str, Any]:
-        """Return the resolved config, and under `choices` the choice of each group, which the config does not name."""
+        """Return the resolved config, with the chosen option of each group under `choices`."""
         chosen = {group: name for group, name in self.choices.items() if not group.startswith("hydra/")}
         return {"choices": chosen} | shareable(self.config)
 
@@ -154,8 +156,8 @@ class Run:
 
         Args:
             scored: {column: {benchmark: Scores}}.
-            facts: What `provenance.facts` returned.
-            trained: The config of the training that repaired the backbone; None of a backbone as it was.
+            facts: The result of `provenance.facts`.
+            trained: The config of the training run; None for an untrained backbone.
             weights, checkpoint, step, precision: As in `Record`.
         """
         from clipfix.evals.base import percentages
@@ -177,27 +179,27 @@ class Run:
             peak_memory_gb=round(peak_memory_gb(), 2),
             scores={column: percentages(one) for column, one in scored.items()},
         )
-        about = (self.config.eval.selection_metric or "").partition("/")[0]
+        main_benchmark = (self.config.eval.selection_metric or "").partition("/")[0]
         intervals = {key: self.config.compare[key] for key in ("resamples", "coverage")}
         settings = {**intervals, **self.config.report}
-        report.write(self.folder, scored, self.benchmarks, record, loggers, first=about, **settings)
+        report.write(self.folder, scored, self.benchmarks, record, loggers, first=main_benchmark, **settings)
         if not in_sweep():
             print(*report.next_command(self.folder, record), sep="\n")
 
 
 def resolved(group: DictConfig) -> dict[str, Any]:
-    """Return a group without the keys that point at nothing, as data.selection does where data.prepare is null.
+    """Return a resolved group without keys that cannot be resolved, such as data.selection if data.prepare is null.
 
-    Their readers report them.
+    The code that reads such a key reports the error.
     """
-    found = {}
+    values = {}
     for key in group:
         with suppress(InterpolationResolutionError):
             value = group[key]
-            found[str(key)] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-    return found
+            values[str(key)] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    return values
 
 
 def shareable(node: DictConfig) -> dict[str, Any]:
-    """Return resolved config without its secrets, as a run stores and logs it."""
+    """Return the resolved config without secrets, in the form that a run stores and logs."""
     return without_secrets(OmegaConf.to_container(node, resolve=True))

@@ -1,4 +1,4 @@
-"""A sweep (`-m`): the launchers and sweepers of hydra, what one job may do, and the results of all side by side."""
+"""Sweeps (`-m`): plugins of Hydra, checks for one job, search spaces for Optuna, and the comparison of all jobs."""
 
 import fcntl
 import multiprocessing
@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from clipfix import CONF
 from clipfix.results.record import FILE, Record
 
-# Launchers and sweepers of hydra that are packages of their own.
+# Launchers and sweepers of Hydra that are in separate packages.
 PLUGINS = {
     "hydra/launcher=parallel": "hydra-joblib-launcher",
     "hydra/launcher=joblib": "hydra-joblib-launcher",
@@ -27,58 +27,65 @@ PLUGINS = {
 }
 
 
-def installed(words: list[str]) -> None:
-    """Raises where a launcher or sweeper is asked for that is not there."""
-    for word in words:
-        if word in PLUGINS:
+def check_plugins(arguments: list[str]) -> None:
+    """Raise an error if a chosen launcher or sweeper is not installed."""
+    for argument in arguments:
+        if argument in PLUGINS:
             try:
-                distribution(PLUGINS[word])
+                distribution(PLUGINS[argument])
             except PackageNotFoundError:
                 needs = "needs a package that is not installed: pip install 'clipfix[sweep]'"
-                raise ValueError(f"{word} {needs}") from None
+                raise ValueError(f"{argument} {needs}") from None
 
 
 # -- one job -----------------------------------------------------------------------------------------------------------
 
 
 def in_sweep() -> bool:
-    """Whether this is a job of a sweep (`-m`)."""
+    """Return whether this run is a job of a sweep (`-m`)."""
     return not OmegaConf.is_missing(HydraConfig.get().job, "num")
 
 
-def judged() -> bool:
-    """Whether this is a job of a sweep that wants one number of it."""
+def is_optuna_trial() -> bool:
+    """Return whether this run is a trial of Optuna, which needs its score."""
     return in_sweep() and "optuna" in HydraConfig.get().sweeper._target_
 
 
-def refuse_in_sweep(strategy: Any) -> None:
-    """Lightning starts other ranks by the command line of the first, which in a sweep is that of all jobs."""
+def check_one_process(strategy: Any) -> None:
+    """Raise an error if Lightning would start further ranks in a job of a sweep.
+
+    Lightning starts them with the command line of the first rank, which in a sweep starts all jobs.
+    """
     environment: Any = getattr(strategy, "cluster_environment", None)
     if in_sweep() and environment and not environment.creates_processes_externally:
         raise ValueError(
-            "A job of a sweep is one process here: set trainer.devices=1. For several GPUs a job, let SLURM start its "
+            "A job of a sweep runs in one process: set trainer.devices=1. For several GPUs per job, let SLURM start "
             "ranks: hydra/launcher=submitit_slurm hydra.launcher.tasks_per_node=4 hydra.launcher.gpus_per_node=4."
         )
 
 
-def settle_worker(folder: str) -> None:
-    """Makes a worker of joblib like any process, and gives it one GPU: that which fewest of this sweep have."""
-    multiprocessing.set_start_method(None, force=True)  # joblib's own is unknown to the processes that a job starts
+def prepare_worker(folder: str) -> None:
+    """Reset the start method of a joblib worker, and restrict it to the GPU that the fewest workers of the sweep use.
+
+    Args:
+        folder: The folder of the sweep.
+    """
+    multiprocessing.set_start_method(None, force=True)  # processes that a job starts do not know joblib's method
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         import torch
 
         visible = ",".join(map(str, range(torch.cuda.device_count())))
-    if visible and not taken.cache_info().currsize:
-        os.environ["CUDA_VISIBLE_DEVICES"] = taken(folder, visible)[0]
+    if visible and not claim_gpu.cache_info().currsize:
+        os.environ["CUDA_VISIBLE_DEVICES"] = claim_gpu(folder, visible)[0]
 
 
-@cache  # a worker does several jobs, of several batches, and CUDA stays with the device it saw first
-def taken(folder: str, visible: str) -> tuple[str, IO[str]]:
-    """A device, and the lock that holds it until this process ends."""
+@cache  # a worker runs several jobs, and CUDA keeps the device that it was initialized with
+def claim_gpu(folder: str, visible: str) -> tuple[str, IO[str]]:
+    """Return a device of `visible`, separated by commas, and the file lock that holds it until this process ends."""
     for round_ in count():
         for device in visible.split(","):
-            lock = Path(folder, f".gpu-{device}-{round_}").open("w")  # noqa: SIM115  it outlives this
+            lock = Path(folder, f".gpu-{device}-{round_}").open("w")  # noqa: SIM115  the caller keeps it open
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -91,42 +98,50 @@ def taken(folder: str, visible: str) -> tuple[str, IO[str]]:
 # -- Optuna ------------------------------------------------------------------------------------------------------------
 
 
-def ranges(method: str) -> dict[str, Any]:
-    """What W&B tries of a method, sweeps/<method>.yaml."""
-    told: Any = OmegaConf.to_container(OmegaConf.load(CONF.parent / "sweeps" / f"{method}.yaml"), resolve=False)
-    return told
+def search_space(method: str) -> dict[str, Any]:
+    """Return the W&B sweep of a method, sweeps/<method>.yaml."""
+    space: Any = OmegaConf.to_container(OmegaConf.load(CONF.parent / "sweeps" / f"{method}.yaml"), resolve=False)
+    return space
 
 
-def draw(config: Any, trial: Any) -> None:
-    """The same for Optuna: draws for a trial what the command line did not settle, and adds the sweep's fixed words."""
-    told = ranges(config.hydra.runtime.choices.method)
-    words = [word for word in told["command"] if re.fullmatch(r"[\w.]+=[^$]+", word)]
-    fixed = dict(word.split("=", 1) for word in words if not word.startswith(("method=", "logger=")))
-    tried = told["parameters"] | {name: {"values": [value]} for name, value in fixed.items()}
-    for name, given in tried.items():
+def suggest(config: Any, trial: Any) -> None:
+    """Suggest values for an Optuna trial from the W&B sweep of the method.
+
+    Keys that are set on the command line are left out. Overrides in the command of the W&B sweep are added as fixed
+    values.
+
+    Args:
+        config: The config of the sweep, with the node `hydra`.
+        trial: The `optuna.Trial`.
+    """
+    space = search_space(config.hydra.runtime.choices.method)
+    overrides = [word for word in space["command"] if re.fullmatch(r"[\w.]+=[^$]+", word)]
+    fixed = dict(one.split("=", 1) for one in overrides if not one.startswith(("method=", "logger=")))
+    parameters = space["parameters"] | {name: {"values": [value]} for name, value in fixed.items()}
+    for name, parameter in parameters.items():
         if name in trial.params or name in trial.user_attrs:
             continue
-        if "values" in given:
-            trial.suggest_categorical(name, given["values"])
+        if "values" in parameter:
+            trial.suggest_categorical(name, parameter["values"])
         else:
-            log = given["distribution"] == "log_uniform_values"
-            trial.suggest_float(name, given["min"], given["max"], log=log)
+            log = parameter["distribution"] == "log_uniform_values"
+            trial.suggest_float(name, parameter["min"], parameter["max"], log=log)
 
 
 # -- all jobs ----------------------------------------------------------------------------------------------------------
 
 
-def side_by_side(sweep: Path) -> None:
-    """The results of a sweep as run=compare shows them, where more than one of its jobs has some."""
+def compare_jobs(sweep: Path) -> None:
+    """Compare the jobs of a sweep, as run=compare does, if at least two of them have scores."""
     scored = [path for path in sweep.glob(f"*/{FILE}") if Record.read(path).has_scores]
-    found = [str(path) for path in sorted(scored, key=lambda path: int(path.parent.name))]
-    if len(found) < 2:
+    results = [str(path) for path in sorted(scored, key=lambda path: int(path.parent.name))]
+    if len(results) < 2:
         return
     from clipfix.results.compare import compare
 
     published: Any = OmegaConf.to_container(OmegaConf.load(CONF / "published.yaml"))
     settings: Any = OmegaConf.to_container(OmegaConf.load(CONF / "config.yaml").compare)
     try:
-        compare(sweep, 0, published, **settings | {"results": found})
+        compare(sweep, 0, published, **settings | {"results": results})
     except ValueError as error:
-        print(f"The jobs of this sweep do not compare: {error}")
+        print(f"The jobs of this sweep cannot be compared: {error}")
