@@ -13,7 +13,7 @@ from shards import encoded, pack
 
 from clipfix.data.sets import Source
 from clipfix.evals import features as module
-from clipfix.evals.embed import Local
+from clipfix.evals.embed import PatchPooling
 from clipfix.evals.features import scoring
 from clipfix.models.clip import Backbone
 
@@ -56,14 +56,14 @@ def asked(clip_folder: str, folder: Path) -> dict:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     backbone = Backbone(clip_folder, "random")
-    local = Local(tokens=3, normalized=True, seed=0)
+    local = PatchPooling(tokens=3, normalized=True, seed=0)
     files = Files(str(folder / "files"), "fetch it", 18)
     with scoring(backbone) as features:
         shard = features.images(str(folder / "test.tar"))
         return {
             "shard": shard,
             "files": features.images(files),
-            "with patches": features.images(files, local=local),
+            "with patches": features.images(files, pooling=local),
             "again": features.images(str(folder / "test.tar")),
             "texts": features.texts(TEXTS),
             "one more": features.texts([*TEXTS[3:5], "a new one"]),

@@ -4,7 +4,7 @@ from planted import PATCHES, Planted, write_shard
 from torch.nn.functional import normalize
 
 from clipfix.evals import embed
-from clipfix.evals.embed import Local, global_plus_local
+from clipfix.evals.embed import PatchPooling, global_plus_local
 from clipfix.evals.features import scoring
 from clipfix.evals.pairs import Pairs, picks
 from clipfix.models.clip import Backbone
@@ -81,7 +81,7 @@ def test_without_ties_it_is_clip_benchmarks_image_acc():
 def test_half_a_pair_is_refused(tmp_path):
     records = [{"pair": i // 2, "pattern": "Text", "statement": f"thing {i}"} for i in range(3)]
     shard = write_shard(tmp_path / "pairs.tar", records)
-    with pytest.raises(ValueError, match="not two pictures"):
+    with pytest.raises(ValueError, match=r"^1 pairs in .*pairs\.tar"):
         Pairs(shard, prefix="a photo of ")(planted(torch.eye(8), torch.eye(8)))
 
 
@@ -107,27 +107,27 @@ def test_global_plus_local_is_a_loop_over_tokens(normalized):
 def local_features(shard, local, backbone=None):
     backbone = backbone or planted(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)), torch.eye(8))
     with scoring(backbone) as features:
-        return features.images(shard, local=local)[0]
+        return features.images(shard, pooling=local)[0]
 
 
 @pytest.mark.parametrize(("tokens", "amount"), [(None, PATCHES), (3, 3), (76, 76), (0.4, 2), (0.01, 1)])
 def test_pictures_are_embedded_by_the_drawn_patches(shard, tokens, amount):
-    local = Local(tokens, normalized=False, seed=0)
+    local = PatchPooling(tokens, normalized=False, seed=0)
     images = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
     for i, row in enumerate(local_features(shard, local)):
-        drawn = local.draw(f"{i:06d}", PATCHES)
+        drawn = local.sample(f"{i:06d}", PATCHES)
         assert len(drawn) == amount
         mean = torch.stack([(n + 1) * images[i].roll(n + 1) for n in drawn]).mean(0)
         torch.testing.assert_close(row, normalize(images[i] + mean, dim=0))
 
 
 def test_the_same_seed_draws_the_same_patches_whatever_the_batch(shard, monkeypatch):
-    features = local_features(shard, Local(2, normalized=True, seed=0))
+    features = local_features(shard, PatchPooling(2, normalized=True, seed=0))
     for size in (1, 3, 64):
         monkeypatch.setattr(embed, "BATCH", size)
-        assert torch.equal(local_features(shard, Local(2, normalized=True, seed=0)), features)
-    assert not torch.equal(local_features(shard, Local(2, normalized=True, seed=1)), features)
-    assert len({tuple(Local(4, False, 0).draw(str(key), 9)) for key in range(20)}) > 10
+        assert torch.equal(local_features(shard, PatchPooling(2, normalized=True, seed=0)), features)
+    assert not torch.equal(local_features(shard, PatchPooling(2, normalized=True, seed=1)), features)
+    assert len({tuple(PatchPooling(4, False, 0).sample(str(key), 9)) for key in range(20)}) > 10
 
 
 def test_both_rules_score_side_by_side_and_each_embeds_once(shard):
@@ -153,7 +153,7 @@ def test_both_rules_score_side_by_side_and_each_embeds_once(shard):
 def test_on_a_real_tower_it_is_the_sum_of_its_tokens(tmp_path, clip_folder):
     shard = write_shard(tmp_path / "pairs.tar", [{} for _ in range(3)])
     backbone = Backbone(clip_folder, pretrained="random").eval()
-    found = local_features(shard, Local(None, normalized=False, seed=0), backbone)
+    found = local_features(shard, PatchPooling(None, normalized=False, seed=0), backbone)
     images = torch.stack([torch.full((3, 32, 32), i / 255) for i in range(3)])
     with torch.no_grad():
         pooled, patches = backbone.visual_tokens(images)
@@ -174,4 +174,4 @@ def test_a_tower_without_patches_is_refused_with_the_way_out(shard):
 @pytest.mark.parametrize("tokens", [0, -3, 1.5, 0.0])
 def test_wrong_amounts_of_patches_are_refused(tokens):
     with pytest.raises(ValueError, match=r"local\.tokens"):
-        Local(tokens, normalized=False, seed=0)
+        PatchPooling(tokens, normalized=False, seed=0)

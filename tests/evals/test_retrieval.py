@@ -9,7 +9,7 @@ from clipfix.evals import ranking
 from clipfix.evals.features import scoring
 from clipfix.evals.lengths import Lengths
 from clipfix.evals.ranking import ranks
-from clipfix.evals.retrieval import Retrieval, both_ways, without_shared_beginning
+from clipfix.evals.retrieval import Retrieval, retrieval_ranks, strip_common_sentences
 
 
 def random_features(seed, pictures=23, captions=3, dim=4):
@@ -46,7 +46,7 @@ def test_recall_is_clip_benchmarks():
     theirs = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval").recall_at_k
     images, texts, picture, owner = random_features(1)
     scores, positives = texts @ images.T, owner[:, None] == picture
-    ways = both_ways([str(i) for i in picture.tolist()], images, texts)
+    ways = retrieval_ranks([str(i) for i in picture.tolist()], images, texts)
     for k in (1, 5, 10):
         to_image = 100 * (theirs(scores, positives, k) > 0).float().mean().item()
         to_text = 100 * (theirs(scores.T, positives.T, k) > 0).float().mean().item()
@@ -144,9 +144,9 @@ def test_lengths_ask_with_the_beginning_of_each_caption(tmp_path):
 
 def test_captions_are_shown_from_where_they_part():
     shared = "A fish. It is red. "
-    assert without_shared_beginning([shared + "It is small.", shared + "It swims."]) == [
+    assert strip_common_sentences([shared + "It is small.", shared + "It swims."]) == [
         "... It is small.",
         "... It swims.",
     ]
     for texts in (["a fish", "a bird"], ["A fish. Red.", "A fish. Red."], ["A fish", "A fish. Red."]):
-        assert without_shared_beginning(texts) == texts
+        assert strip_common_sentences(texts) == texts

@@ -1,1 +1,1 @@
-"""Benchmarks, one a file: what a model answers, as named percentages and as what every item got."""
+"""Benchmarks, one per file. Each computes named percentages of a model, and its result for every item."""

@@ -1,6 +1,6 @@
-"""Benchmarks: a model in, scores in percent out.
+"""The base class of benchmarks, and `evaluate`, which runs a set of benchmarks named as in `conf/eval/*.yaml`.
 
-`evaluate` runs a set of benchmarks, named as in `conf/eval/*.yaml`. Each file of this folder holds one benchmark.
+Each other file of this folder that defines a `Benchmark` holds one.
 """
 
 from abc import ABC, abstractmethod
@@ -22,10 +22,10 @@ class Scores:
     """The result of scoring one model by one benchmark.
 
     Args:
-        values: {metric: percent}, in the order in which they are shown. `ties` is a count.
-        outcomes: The answer to every item of every question; the percentages follow from them. Empty in a benchmark
-            whose metrics are no shares of right answers.
-        examples: What the benchmark's own `figure` shows of this scoring; None if it needs nothing.
+        values: {metric: percent}, in display order. `ties` is a count.
+        outcomes: {question: result for every item}, from which the percentages are computed. Empty for a benchmark
+            whose metrics are not shares of correct answers.
+        examples: Data that the `figure` of the benchmark shows; None if it shows none.
     """
 
     values: dict[str, float]
@@ -34,43 +34,45 @@ class Scores:
 
 
 class Benchmark(ABC):
-    """One benchmark. A subclass writes `__init__` (bound from yaml) and `score`; it keeps nothing of a scoring."""
+    """Base class of benchmarks. A subclass defines `__init__`, with arguments from yaml, and a stateless `score`."""
 
     def __call__(self, model: Model) -> dict[str, float]:
-        """Return {metric: percent} of one model."""
+        """Return {metric: percent} for a model."""
         with scoring(model) as features:
             return self.score(features).values
 
     @abstractmethod
     def score(self, features: Features) -> Scores:
-        """Return the scores of the model whose features these are."""
+        """Return the scores of the model that `features` belongs to."""
 
     def sources(self) -> dict[str, Any]:
-        """Return what it reads, by argument: it is scored on `shards`; another name is what something is fitted on."""
+        """Return {argument: data} of all arguments that name data: `shards` is scored, other data is for fitting."""
         return {name: value for name, value in vars(self).items() if name.endswith("shards")}
 
     def figure(self, columns: Sequence[str], scorings: Sequence[Scores]) -> Figure | None:
-        """Return pictures of what these scorings answered, or None if there is nothing to see.
+        """Return a figure of example answers or curves, or None if the benchmark has none.
 
         Args:
-            columns: A name for each scoring, as in `("before", "after")`.
-            scorings: What `score` of this benchmark returned, in the same order.
+            columns: A name for each element of `scorings`, such as `("before", "after")`.
+            scorings: Results of `score` of this benchmark, in the same order.
         """
         return None
 
 
 def evaluate(model: Model, benchmarks: Mapping[str, Benchmark], texts: TextCache | None = None) -> dict[str, Scores]:
-    """Return the scores by every benchmark, under its name; the model is left untouched.
+    """Return {benchmark: scores}. The model is not changed.
 
-    Shards that several benchmarks share are embedded once. Every rank embeds its share of the pictures and texts, and
-    returns the same scores.
+    Shards that several benchmarks share are embedded once. Every rank embeds a part of the images and texts and returns
+    the same scores.
 
     Args:
-        texts: Features of texts, kept from one call to the next for a text tower that did not change in between.
+        model: The model to score.
+        benchmarks: The benchmarks by name.
+        texts: A cache of text features that calls may share: it is keyed by a hash of the text tower.
     """
     silent = rank_of()[0] > 0
     scored: dict[str, Scores] = {}
-    # Not rich's `track`: an error would leave its thread behind, for which the next bar may wait for ever.
+    # After an error, rich's `track` would leave its thread running, and the next progress bar could wait for it.
     with scoring(model, texts) as features, Progress(transient=True, disable=silent) as bar:
         task = bar.add_task("Scoring", total=len(benchmarks))
         for name, benchmark in benchmarks.items():
@@ -80,7 +82,7 @@ def evaluate(model: Model, benchmarks: Mapping[str, Benchmark], texts: TextCache
 
 
 def percentages(scored: Mapping[str, Scores]) -> dict[str, float]:
-    """Return {`eval/<benchmark>/<metric>`: percent}, the names that results.json and the loggers use."""
+    """Return {`eval/<benchmark>/<metric>`: percent}, with the names that results.json and the loggers use."""
     return {
         f"eval/{name}/{metric}": value for name, scores in scored.items() for metric, value in scores.values.items()
     }

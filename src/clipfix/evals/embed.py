@@ -1,4 +1,4 @@
-"""Pictures and texts to unit-norm fp32 features, a batch at a time, by the plain rule or with patches joined to it."""
+"""Unit-norm fp32 features of batches of images and texts: the plain embedding, or with patch tokens added."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,42 +17,51 @@ from clipfix.data.sets import Source
 from clipfix.functional.patches import take_patches
 from clipfix.models.base import Model, Patches
 
-BATCH = 64  # a forward pass; memory depends on it, features do not
+BATCH = 64  # images or texts in a forward pass; it changes memory, not features
 
-Sample = dict[str, Any]  # key, txt and json of one sample; its picture is not kept
-Shards = str | Sequence[str] | Source  # what a benchmark reads: urls, or a published data set
+Sample = dict[str, Any]  # key, txt and json of one sample, without its image
+Shards = str | Sequence[str] | Source  # data of a benchmark: urls, or a published data set
 
 
 def pictures(shards: Shards, allow_pipe: bool = False) -> Iterator[Sample]:
-    """One pass of samples with their pictures, for looking at them."""
+    """Yield all samples with their decoded images, for figures."""
     for sample in shards if isinstance(shards, Source) else samples(shards, allow_pipe):
-        yield {**sample, "image": decoded(sample["image"])}
+        yield {**sample, "image": load_rgb(sample["image"])}
 
 
-def decoded(image: Image.Image | Path) -> Image.Image:
-    """A picture in RGB, from its file if need be. Of a published set none may fail: it would be another set."""
+def load_rgb(image: Image.Image | Path) -> Image.Image:
+    """Return an image in RGB, read from its file if a path is given.
+
+    Raises:
+        ValueError: The file cannot be read. It is not skipped, because scores of an incomplete data set do not
+            compare with published ones.
+    """
     if isinstance(image, Image.Image):
         return image.convert("RGB")
     try:
         with Image.open(image) as opened:
             return opened.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"the picture {image} cannot be read ({error}): fetch its data set again.") from error
+        raise ValueError(f"The image {image} cannot be read ({error}): download its data set again.") from error
 
 
 def embed_images(model: Model, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-    """The plain image embedding, unit norm."""
+    """Return the plain image embeddings with unit norm."""
     device = next(model.parameters()).device
     return normalize(model.encode_image(images.to(device)).float(), dim=-1)
 
 
 @dataclass(frozen=True)
-class Local:
-    """Which patches of a picture join its embedding: `tokens` of them, a share below 1 of them, or null for each.
+class PatchPooling:
+    """The patch tokens that `global_plus_local` adds to the embedding of an image.
 
-    Patches are drawn with replacement, by seed and picture alone: whatever the batch, whoever asks. `normalized` says
-    whether every token has unit norm before the mean. Source: as `global_plus_local`, whose table of models is in
-    conf/eval/scenes.yaml.
+    Patches are sampled with replacement. The sample depends on the seed and the key of the image alone. The values for
+    each published model are in conf/eval/scenes.yaml. Source: see `global_plus_local`.
+
+    Args:
+        tokens: Number of patches, a share of all patches below 1, or None for every patch once.
+        normalized: Whether every token is scaled to unit norm before the mean.
+        seed: Seed of the samples.
     """
 
     tokens: int | float | None
@@ -61,10 +70,12 @@ class Local:
 
     def __post_init__(self) -> None:
         if self.tokens is not None and not (0 < self.tokens < 1 or self.tokens == int(self.tokens) >= 1):
-            raise ValueError(f"eval: local.tokens is {self.tokens}: give a number, a share below 1, or null for all.")
+            raise ValueError(
+                f"eval: local.tokens is {self.tokens}: set a count, a share below 1, or null for all patches."
+            )
 
-    def draw(self, key: str, patches: int) -> list[int]:
-        """The patches that count of the picture with this key."""
+    def sample(self, key: str, patches: int) -> list[int]:
+        """Return the indices of the patches that count, for the image with this key and this many patches."""
         if self.tokens is None:
             return list(range(patches))
         amount = int(self.tokens if self.tokens >= 1 else max(1, self.tokens * patches))
@@ -74,39 +85,53 @@ class Local:
 def global_plus_local(
     pooled: Float[Tensor, "b d"], patches: Float[Tensor, "b m d"], normalized: bool
 ) -> Float[Tensor, "b d"]:
-    """The image embedding plus the mean of patch tokens, of unit norm. The score to trust is the plain embedding's.
+    """Return the image embedding plus the mean of patch tokens, scaled to unit norm.
 
-    Whoever uses a CLIP reads its plain embedding, and nothing but this score ever sees the sum; the numbers of the two
-    rules do not compare, and with drawn patches they change from draw to draw.
+    Prefer the score of the plain embedding, because applications of CLIP use the plain embedding. Scores of the two
+    rules do not compare, and with sampled patches the score depends on the seed.
 
-    Source: code of DIVA (arXiv 2407.20171), which scores OpenAI's, MetaCLIP's and DFN's 378 px models so on MMVP-VLM.
-    Departs: there the draws have no seed, and DFN's sums keep their norm, by which it compares them as well.
+    Source: code of DIVA (arXiv 2407.20171), which scores the models of OpenAI and MetaCLIP and DFN's 378 px model on
+    MMVP-VLM in this way.
+    Departs: DIVA's samples have no seed, and its sums for DFN are not normalized before they are compared.
+
+    Args:
+        pooled: [b, d] plain image embeddings.
+        patches: [b, m, d] patch tokens in the space of the embeddings.
+        normalized: Whether every token and embedding is scaled to unit norm first.
     """
     if normalized:
         pooled, patches = normalize(pooled, dim=-1), normalize(patches, dim=-1)
     return normalize(pooled + patches.mean(dim=1), dim=-1)
 
 
-def embed_locally(
-    model: Model, images: Float[Tensor, "b 3 h w"], keys: Sequence[str], local: Local
+def embed_with_patches(
+    model: Model, images: Float[Tensor, "b 3 h w"], keys: Sequence[str], pooling: PatchPooling
 ) -> Float[Tensor, "b d"]:
-    """The image embedding by the rule of `global_plus_local`; `keys` name the pictures."""
+    """Return the image embeddings of `global_plus_local`.
+
+    Args:
+        keys: The keys of the images, which seed the samples of patches.
+
+    Raises:
+        ValueError: The model has no patch tokens in the space of its embeddings.
+    """
     device = next(model.parameters()).device
     if not isinstance(model, Patches):
         raise ValueError(
-            f"{type(model).__name__} has no patch tokens: leave out the score that needs them, "
-            "~eval.benchmarks.pairs_local or mmvp_local."
+            f"{type(model).__name__} has no patch tokens: remove the benchmark that needs them, "
+            "~eval.benchmarks.pairs_local or ~eval.benchmarks.mmvp_local."
         )
     try:
         pooled, patches = model.visual_tokens(images.to(device))
     except ValueError as error:
         raise ValueError(
-            f"{error} Or leave out the score that asks for patches: ~eval.benchmarks.pairs_local, or mmvp_local"
+            f"{error} Or remove the benchmark that needs patches: ~eval.benchmarks.pairs_local or "
+            "~eval.benchmarks.mmvp_local."
         ) from error
-    drawn = torch.tensor([local.draw(key, patches.shape[1]) for key in keys], device=device)
-    return global_plus_local(pooled.float(), take_patches(patches, drawn).float(), local.normalized)
+    sampled = torch.tensor([pooling.sample(key, patches.shape[1]) for key in keys], device=device)
+    return global_plus_local(pooled.float(), take_patches(patches, sampled).float(), pooling.normalized)
 
 
 def embed_texts(model: Model, texts: list[str], at_most: int | None = None) -> Float[Tensor, "n d"]:
-    """The plain text embedding, unit norm; `at_most` cuts every text after so many tokens, if that is less."""
+    """Return the plain text embeddings with unit norm. `at_most` truncates texts to that many tokens."""
     return normalize(model.encode_text(model.tokenize(texts, at_most)).float(), dim=-1)

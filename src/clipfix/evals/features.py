@@ -1,8 +1,7 @@
-"""What a score sees of a model: unit-norm fp32 features of whole shard sets and lists of texts.
+"""Features of a model for benchmarks: unit norm, fp32, for whole sets of shards and lists of texts.
 
-Published scores seldom reproduce because half precision, autocast or a forgotten `train()` leaks into them. Everything
-that could leak is shut out in one place, `scoring`; a benchmark only ever meets `Features`. Where several ranks score,
-each embeds its share and all get the whole.
+Half precision, autocast or a forgotten `train()` change scores. `scoring` excludes all of them in one place, and a
+benchmark reads features only through `Features`. With several ranks, each embeds a part and all get all features.
 """
 
 import copy
@@ -21,25 +20,38 @@ from torch import Tensor, nn
 
 from clipfix.data.decoding import readable, square, undecoded
 from clipfix.data.sets import Source
-from clipfix.evals.embed import BATCH, Local, Sample, Shards, decoded, embed_images, embed_locally, embed_texts
+from clipfix.evals.embed import (
+    BATCH,
+    PatchPooling,
+    Sample,
+    Shards,
+    embed_images,
+    embed_texts,
+    embed_with_patches,
+    load_rgb,
+)
 from clipfix.models.base import Model
 from clipfix.models.clip import weights_hash
 from clipfix.system.ranks import rank_of
 from clipfix.training.precision import fp32_products
 
-TextCache = dict[tuple[str, int, str], Tensor]  # hash of the text tower, tokens at most, text -> its row, on the CPU
+TextCache = dict[tuple[str, int, str], Tensor]  # {(hash of the text tower, maximum tokens, text): feature on the CPU}
 Item = TypeVar("Item")
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
-def shared_out(items: Iterable[Item], work: Callable[[list[Item]], Made]) -> list[Made]:
-    """What `work` makes of every batch of items, the batches dealt out to the ranks in turn; the same on every rank.
+def split_over_ranks(items: Iterable[Item], work: Callable[[list[Item]], Result]) -> list[Result]:
+    """Return the results of `work` for every batch of items. Batches are assigned to ranks in turn; all ranks get all.
 
-    A batch holds the same items at any number of ranks, the last one what is left, so its features have the same bits.
-    What `work` raises on one rank is raised on all, and none waits for another that has given up.
+    A batch holds the same items at any number of ranks, so features do not depend on the number of ranks. An error on
+    one rank is raised on all of them, so that none waits for another.
+
+    Args:
+        items: The same items on every rank.
+        work: A function of at most `BATCH` items; its result must be picklable.
     """
     rank, ranks = rank_of()
-    mine: list[Made] = []
+    results: list[Result] = []
     failure = None
     stream = iter(items)
     try:
@@ -47,60 +59,73 @@ def shared_out(items: Iterable[Item], work: Callable[[list[Item]], Made]) -> lis
             if not (batch := list(islice(stream, BATCH))):
                 break
             if number % ranks == rank:
-                mine.append(work(batch))
+                results.append(work(batch))
     except ValueError as error:
         failure = error
     if ranks == 1:
         if failure:
             raise failure
-        return mine
-    everyone: list[Any] = [None] * ranks
-    dist.all_gather_object(everyone, (mine, failure))
-    for _, failed in everyone:
-        if failed:
-            raise failed
-    return [everyone[i % ranks][0][i // ranks] for i in range(sum(len(made) for made, _ in everyone))]
+        return results
+    gathered: list[Any] = [None] * ranks
+    dist.all_gather_object(gathered, (results, failure))
+    for _, error_of_rank in gathered:
+        if error_of_rank:
+            raise error_of_rank
+    batches = sum(len(of_rank) for of_rank, _ in gathered)
+    return [gathered[i % ranks][0][i // ranks] for i in range(batches)]
 
 
 class Features:
-    """The features of one model; what several benchmarks share, shards or picture files, is embedded once."""
+    """The features of one model. Shards and image files that several benchmarks share are embedded once.
+
+    Args:
+        model: The model, in eval mode and fp32; `scoring` sets this up.
+        texts: A cache of text features to read and extend; a new one if None.
+    """
 
     def __init__(self, model: Model, texts: TextCache | None = None) -> None:
         self.model = model
         self._texts: TextCache = {} if texts is None else texts
-        # A cache of this model's own need not know whose texts it holds.
+        # Only a cache that outlives this object needs the hash of the text tower.
         self._tower = "" if texts is None else weights_hash(model.text)
-        self._seen: dict[tuple[tuple[str, ...] | Source, Local | None], tuple[Tensor, list[Sample]]] = {}
-        self._files: dict[tuple[Path, Local | None], Tensor] = {}  # of sources, which may share pictures
+        self._embedded: dict[tuple[tuple[str, ...] | Source, PatchPooling | None], tuple[Tensor, list[Sample]]] = {}
+        self._files: dict[tuple[Path, PatchPooling | None], Tensor] = {}  # data sets may share image files
 
     def images(
-        self, shards: Shards | None, allow_pipe: bool = False, local: Local | None = None
+        self, shards: Shards | None, allow_pipe: bool = False, pooling: PatchPooling | None = None
     ) -> tuple[Float[Tensor, "n d"], list[Sample]]:
-        """One row per sample of the shards, and the samples, in stored order; by the plain rule, or with patches."""
+        """Return the image features of all samples, and the samples without their images, in stored order.
+
+        Args:
+            shards: Urls, or a published data set.
+            allow_pipe: Whether urls may run commands.
+            pooling: Patch tokens to add; None for the plain embedding.
+
+        Raises:
+            ValueError: There are no shards, or no sample in them can be read.
+        """
         if not shards:
-            raise ValueError(
-                "There are no shards to score: name them (eval.shards=/path/to/test-*.tar) or set eval=none."
-            )
-        where = shards if isinstance(shards, Source) else (shards,) if isinstance(shards, str) else tuple(shards)
-        if (where, local) not in self._seen:
-            if isinstance(where, Source):
-                rows, kept = self._of_source(where, local)
+            raise ValueError("eval.shards is not set: set eval.shards=/path/to/test-*.tar, or eval=none.")
+        data = shards if isinstance(shards, Source) else (shards,) if isinstance(shards, str) else tuple(shards)
+        if (data, pooling) not in self._embedded:
+            if isinstance(data, Source):
+                rows, samples = self._embed_source(data, pooling)
             else:
-                rows, kept = self._of_shards(where, allow_pipe, local)
-            if not kept:
-                named = where.folder if isinstance(where, Source) else ", ".join(where)
-                raise ValueError(f"No sample of {named} could be read: the log says why.")
-            self._seen[where, local] = torch.stack(rows).to(self._device), kept
-        return self._seen[where, local]
+                rows, samples = self._embed_shards(data, allow_pipe, pooling)
+            if not samples:
+                name = data.folder if isinstance(data, Source) else ", ".join(data)
+                raise ValueError(f"No sample of {name} could be read. The log gives the reasons.")
+            self._embedded[data, pooling] = torch.stack(rows).to(self._device), samples
+        return self._embedded[data, pooling]
 
     def texts(self, texts: Sequence[str], at_most: int | None = None) -> Float[Tensor, "n d"]:
-        """One row per text, cut after `at_most` tokens if given; a text that was asked before is not embedded again."""
+        """Return one feature per text, truncated to `at_most` tokens. Texts embedded before are reused."""
         cut = min(at_most or self.model.context_length, self.model.context_length)
         new = [text for text in dict.fromkeys(texts) if (self._tower, cut, text) not in self._texts]
-        # Short texts first: a batch is as long as its longest text.
+        # Texts of similar length share a batch, because a batch is as long as its longest text.
         new.sort(key=len)
-        if new:  # ranks meet to share the work: none is needed where all know all
-            rows = chain.from_iterable(shared_out(new, lambda batch: embed_texts(self.model, batch, cut).cpu()))
+        if new:  # the same on all ranks, so either all or none take part in the collective operation
+            rows = chain.from_iterable(split_over_ranks(new, lambda batch: embed_texts(self.model, batch, cut).cpu()))
             self._texts |= {(self._tower, cut, text): row for text, row in zip(new, rows, strict=True)}
         return torch.stack([self._texts[self._tower, cut, text] for text in texts]).to(self._device)
 
@@ -109,58 +134,58 @@ class Features:
         return next(self.model.parameters()).device
 
     def _embed(
-        self, found: Sequence[Image.Image | Path], keys: Sequence[str], local: Local | None
+        self, images: Sequence[Image.Image | Path], keys: Sequence[str], pooling: PatchPooling | None
     ) -> Float[Tensor, "b d"]:
-        """A row for each picture, on the CPU, where ranks can exchange it."""
-        images = torch.stack([square(decoded(picture), self.model.image_size) for picture in found])
-        if local is None:
-            return embed_images(self.model, images).cpu()
-        return embed_locally(self.model, images, keys, local).cpu()
+        """Return one feature per image, on the CPU, where ranks can exchange them."""
+        pixels = torch.stack([square(load_rgb(image), self.model.image_size) for image in images])
+        if pooling is None:
+            return embed_images(self.model, pixels).cpu()
+        return embed_with_patches(self.model, pixels, keys, pooling).cpu()
 
-    def _of_shards(
-        self, urls: Sequence[str], allow_pipe: bool, local: Local | None
+    def _embed_shards(
+        self, urls: Sequence[str], allow_pipe: bool, pooling: PatchPooling | None
     ) -> tuple[list[Tensor], list[Sample]]:
-        """A row for each sample that can be decoded, which is the dear part: every rank reads all bytes."""
+        """Return one feature per sample that can be decoded. Every rank reads all bytes and decodes its batches."""
 
         def work(raws: list[dict[str, Any]]) -> tuple[Tensor, list[Sample]]:
-            kept = list(readable(raws))
-            found = [sample.pop("image") for sample in kept]
-            return self._embed(found, [sample["key"] for sample in kept], local) if kept else torch.empty(0), kept
+            samples = list(readable(raws))
+            images, keys = [sample.pop("image") for sample in samples], [sample["key"] for sample in samples]
+            return self._embed(images, keys, pooling) if samples else torch.empty(0), samples
 
-        made = shared_out(undecoded(urls, allow_pipe), work)
-        return [row for rows, _ in made for row in rows], [sample for _, kept in made for sample in kept]
+        batches = split_over_ranks(undecoded(urls, allow_pipe), work)
+        return [row for rows, _ in batches for row in rows], [sample for _, samples in batches for sample in samples]
 
-    def _of_source(self, source: Source, local: Local | None) -> tuple[list[Tensor], list[Sample]]:
-        """A row for each sample; a picture file that was embedded before is not opened again."""
-        kept: list[Sample] = []
-        names: list[Any] = []
-        asked: list[Any] = []
-        known: set[Any] = set(self._files)
+    def _embed_source(self, source: Source, pooling: PatchPooling | None) -> tuple[list[Tensor], list[Sample]]:
+        """Return one feature per sample. An image file that was embedded before is not read again."""
+        samples: list[Sample] = []
+        ids: list[Any] = []  # of every sample: its file and the pooling, or a number for an image without a file
+        new_ids: list[Any] = []
+        seen: set[Any] = set(self._files)
 
-        def unseen() -> Iterator[tuple[str, Image.Image | Path]]:
+        def new_images() -> Iterator[tuple[str, Image.Image | Path]]:
             for sample in source:
-                picture = sample.pop("image")
-                name = (picture, local) if isinstance(picture, Path) else len(names)
-                kept.append(sample)
-                names.append(name)
-                if name not in known:
-                    known.add(name)
-                    asked.append(name)
-                    yield sample["key"], picture
+                image = sample.pop("image")
+                id_ = (image, pooling) if isinstance(image, Path) else len(ids)
+                samples.append(sample)
+                ids.append(id_)
+                if id_ not in seen:
+                    seen.add(id_)
+                    new_ids.append(id_)
+                    yield sample["key"], image
 
         def work(batch: list[tuple[str, Image.Image | Path]]) -> Tensor:
-            return self._embed([picture for _, picture in batch], [key for key, _ in batch], local)
+            return self._embed([image for _, image in batch], [key for key, _ in batch], pooling)
 
-        made = dict(zip(asked, chain.from_iterable(shared_out(unseen(), work)), strict=True))
-        self._files |= {name: row for name, row in made.items() if isinstance(name, tuple)}
-        return [self._files[name] if isinstance(name, tuple) else made[name] for name in names], kept
+        rows = dict(zip(new_ids, chain.from_iterable(split_over_ranks(new_images(), work)), strict=True))
+        self._files |= {id_: row for id_, row in rows.items() if isinstance(id_, tuple)}
+        return [self._files[id_] if isinstance(id_, tuple) else rows[id_] for id_ in ids], samples
 
 
 @contextmanager
-def still(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode and without gradient; its training modes and all random states come back as they were.
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode without gradients. Training modes and random states are restored at the end.
 
-    `no_grad` rather than `inference_mode`: what a model caches lazily must remain usable in training.
+    `no_grad` is used instead of `inference_mode`, because tensors that a model caches must remain usable in training.
     """
     modes = [(module, module.training) for module in model.modules()]
     with isolate_rng(), torch.no_grad():
@@ -174,18 +199,18 @@ def still(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def scoring(model: Model, texts: TextCache | None = None) -> Iterator[Features]:
-    """Features in fp32 from a still model: a run is bit-identical with and without the scores taken on its way.
+    """Yield features of a model in eval mode and fp32. Training continues with the same bits as without the scoring.
 
-    Precision settings come back as they were, like all that `still` minds.
+    Precision settings, training modes and random states are restored at the end.
     """
     weights = [p for p in model.parameters() if p.is_floating_point()]
     with ExitStack() as stack:
-        stack.enter_context(still(model))
+        stack.enter_context(eval_mode(model))
         stack.enter_context(torch.autocast(weights[0].device.type, enabled=False))
-        # TF32 keeps 10 bits of mantissa: fast in training, but it makes ties.
+        # TF32 has a mantissa of 10 bits, which makes ties of scores that differ.
         stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=False))
         stack.enter_context(fp32_products("highest"))
-        # Weights held in half precision are scored through an fp32 copy.
+        # A model with weights in half precision is scored by an fp32 copy.
         if any(p.dtype != torch.float32 for p in weights):
             model = copy.deepcopy(model).float()
         yield Features(model, texts)

@@ -1,12 +1,12 @@
-"""Ground truth for probes and zero-shot: which pictures have a definite answer, and what it is."""
+"""Ground truth for probes and zero-shot classification on the synthetic world."""
 
 from clipfix.evals.embed import Sample
 
 
 def labels(samples: list[Sample], factor: str) -> dict[int, str]:
-    """Row -> value of one factor, for the pictures with a single kind of thing that carries it.
+    """Return {row: value of a factor} for the images with a single kind of thing that has this factor.
 
-    With a fish and a car in the picture, "which colour?" has two right answers; such pictures are left out.
+    Images with several kinds are left out: with a fish and a car, the colour of the thing would be ambiguous.
     """
     return {
         row: str(sample["json"]["factors"][factor])
@@ -15,6 +15,6 @@ def labels(samples: list[Sample], factor: str) -> dict[int, str]:
     }
 
 
-def alone(sample: Sample) -> bool:
-    """Whether the picture's one kind of thing is there once, not as a group of copies."""
+def is_single_thing(sample: Sample) -> bool:
+    """Return whether the image shows one thing rather than several copies of it."""
     return sample["json"]["factors"]["count"] == 1

@@ -1,4 +1,4 @@
-"""Zero-shot classification of pictures that show several classes at once: VOC2007."""
+"""Zero-shot classification of images with several labels: VOC2007."""
 
 import numpy as np
 from sklearn.metrics import average_precision_score
@@ -10,20 +10,20 @@ from clipfix.evals.zeroshot import heads
 
 
 class MultiLabel(Benchmark):
-    """How well each class sorts the pictures that show it before the others: mean average precision over classes.
+    """Mean average precision over classes, with the classes and prompt templates of the data set.
 
-    By the data set's own classes and templates. A model that sees nothing scores the share of pictures that show a
-    class. An average precision is no share of right answers: `outcomes` stays empty, and no interval is given.
-    Source: clip_benchmark, `zeroshot_classification`, whose name the metric has. Departs: equal scores count as one
-    threshold, there they count in stored order.
+    A model without information scores the share of images that show a class. An average precision is not a share of
+    correct answers, so `outcomes` is empty and there is no interval.
+    Source: clip_benchmark, `zeroshot_classification`, which names the metric alike.
+    Departs: equal scores are one threshold; in clip_benchmark they count in stored order.
     """
 
     def __init__(self, shards: Labelled) -> None:
         self.shards = shards
 
     def score(self, features: Features) -> Scores:
-        images, kept = features.images(self.shards)
+        images, samples = features.images(self.shards)
         scores = images @ heads(features, self.shards.classes(), self.shards.templates()).T
-        truth = np.array([sample["json"]["label"] for sample in kept])
+        truth = np.array([sample["json"]["label"] for sample in samples])
         precision = float(average_precision_score(truth, scores.cpu().numpy()))
         return Scores({"mean_average_precision": 100 * precision})

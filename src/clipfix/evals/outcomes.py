@@ -1,4 +1,4 @@
-"""What every item of a benchmark got, beside the percentages: with it, two scorings can be compared item by item."""
+"""Results of a benchmark for every item, by which two scorings can be compared item by item."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,10 +12,13 @@ FILE = "outcomes.npz"  # beside results.json
 
 @dataclass(frozen=True)
 class Outcome:
-    """The answers to one question: the place of the right answer among all candidates, 1 is right; each array is [n].
+    """The results of one question for n items.
 
-    `items` are names that every scoring of the same data shares. What bears one name was asked of one picture or pair,
-    and whoever resamples must draw it together. `weights` say what each counts in the percentage; None: all the same.
+    Args:
+        items: [n] names, equal in every scoring of the same data. Rows with the same name belong to one image or pair
+            and must be resampled together.
+        ranks: [n] ranks of the correct answer among all candidates; 1 is a hit.
+        weights: [n] weights in the percentage; None for equal weights.
     """
 
     items: np.ndarray
@@ -26,50 +29,59 @@ class Outcome:
     def of_answers(
         cls, items: Iterable[str], right: Iterable[bool] | np.ndarray, weights: np.ndarray | None = None
     ) -> "Outcome":
-        """Of a question with no more to say than right (rank 1) or wrong (rank 2)."""
+        """Return the outcome of a question with two possible results: correct (rank 1) and wrong (rank 2)."""
         return cls(np.array(list(items)), np.where(list(right), 1, 2), weights)
 
     def percent(self, at: int = 1) -> float:
-        """How often the right answer is among the first `at`."""
+        """Return the percentage of items whose correct answer has at most rank `at`."""
         return 100 * float(np.average(self.ranks <= at, weights=self.weights))
 
 
-def each_class_alike(truth: np.ndarray) -> np.ndarray:
-    """Weights by which every class that occurs counts the same, as in a mean of recalls."""
-    _, kinds, counts = np.unique(truth, return_inverse=True, return_counts=True)
-    return 1 / counts[kinds]
+def class_balanced_weights(truth: np.ndarray) -> np.ndarray:
+    """Return [n] weights with equal sums for all classes in `truth`; a weighted accuracy is then a mean of recalls."""
+    _, classes, counts = np.unique(truth, return_inverse=True, return_counts=True)
+    return 1 / counts[classes]
 
 
-Outcomes = dict[str, Outcome]  # of one scoring of one benchmark: question -> answers
+Outcomes = dict[str, Outcome]  # {question: results} of one scoring of one benchmark
 
 
 def question(metric: str) -> tuple[str, int]:
-    """What a metric asks, and which place still counts: `x_R@5` takes the first five of question `x`, `x` the first."""
+    """Return the question of a metric, and the highest rank that is a hit: ("x", 5) for `x_R@5`, ("x", 1) for `x`."""
     name, _, at = metric.partition("_R@")
     return name, int(at or 1)
 
 
 def parts(metric: str, metrics: Iterable[str], questions: Iterable[str]) -> list[tuple[str, int]]:
-    """The questions, each with its place, whose mean a metric is; none for a count, or where nothing was recorded.
+    """Return (question, highest rank that is a hit) of each question that a metric is the mean of.
 
-    `mean` is over all other metrics that have a question, unless a question of its own bears that name.
+    The list is empty for a count and for a metric without recorded outcomes. `mean` is the mean of all other metrics
+    that have a question, unless there is a question named `mean`.
+
+    Args:
+        metric: The metric.
+        metrics: All metrics of the benchmark.
+        questions: All questions with recorded outcomes.
     """
-    asked = set(questions)
-    if metric == "mean" and "mean" not in asked:
-        return [question(other) for other in metrics if question(other)[0] in asked]
-    return [question(metric)] if question(metric)[0] in asked else []
+    recorded = set(questions)
+    if metric == "mean" and "mean" not in recorded:
+        return [question(other) for other in metrics if question(other)[0] in recorded]
+    return [question(metric)] if question(metric)[0] in recorded else []
 
 
 def percent(metric: str, metrics: Iterable[str], outcomes: Outcomes) -> float | None:
-    """A metric computed again from what was recorded; None where nothing was."""
-    found = [outcomes[name].percent(at) for name, at in parts(metric, metrics, outcomes)]
-    return fmean(found) if found else None
+    """Return a metric computed from recorded outcomes; None if it has none."""
+    percentages = [outcomes[name].percent(at) for name, at in parts(metric, metrics, outcomes)]
+    return fmean(percentages) if percentages else None
 
 
 def save(folder: Path, columns: Sequence[str], recorded: Mapping[str, Sequence[Outcomes]]) -> None:
-    """One file of all benchmarks: what the scorings share (questions, items, weights) once, and the ranks of each.
+    """Write the outcomes of all benchmarks to one file: questions, items and weights once, and ranks for each column.
 
-    `recorded` has for each benchmark one scoring a column; every scoring asks the same of the same items.
+    Args:
+        folder: The run folder.
+        columns: Names of the scorings, such as ("before", "after").
+        recorded: {benchmark: outcomes of each column}. All columns have the same questions and items.
     """
     arrays = {"columns": np.array(columns)}
     for benchmark, scorings in recorded.items():
@@ -87,18 +99,18 @@ def save(folder: Path, columns: Sequence[str], recorded: Mapping[str, Sequence[O
 
 
 def load(path: Path) -> dict[str, dict[str, Outcomes]]:
-    """What `save` wrote: column -> benchmark -> question -> answers."""
+    """Return {column: {benchmark: outcomes}} from a file that `save` wrote."""
     with np.load(path, allow_pickle=False) as stored:
         arrays = dict(stored)
     columns = arrays.pop("columns").tolist()
-    found: dict[str, dict[str, Outcomes]] = {column: {} for column in columns}
+    outcomes: dict[str, dict[str, Outcomes]] = {column: {} for column in columns}
     for benchmark in dict.fromkeys(name.rpartition("/")[0] for name in arrays):
         questions, items, weights, ranks = (
             arrays[f"{benchmark}/{name}"] for name in ("questions", "items", "weights", "ranks")
         )
         rows = {name: questions == name for name in dict.fromkeys(questions.tolist())}
-        for column, places in zip(columns, ranks, strict=True):
-            found[column][benchmark] = {
-                name: Outcome(items[row], places[row], weights[row]) for name, row in rows.items()
+        for column, column_ranks in zip(columns, ranks, strict=True):
+            outcomes[column][benchmark] = {
+                name: Outcome(items[row], column_ranks[row], weights[row]) for name, row in rows.items()
             }
-    return found
+    return outcomes

@@ -1,4 +1,4 @@
-"""Colours of every figure, and grids of pictures with words beneath."""
+"""Colours of all figures, and grids of images with captions."""
 
 import textwrap
 from collections.abc import Sequence
@@ -8,15 +8,15 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 GREEN, RED, INK = "#2e7d32", "#c62828", "#2b2f36"
-BEFORE, AFTER = "#b8bec9", "#3a6ea5"  # in every chart of two scorings
-# In charts of several groups, told apart by the colour-blind as well: Okabe and Ito, Color Universal Design (2008); its
-# blue gives way to AFTER, and its yellow, too pale for lines on white, is left out.
+BEFORE, AFTER = "#b8bec9", "#3a6ea5"  # the two scorings of a run, in every chart
+# Colours of groups of runs, which colour-blind readers can distinguish: Okabe and Ito, Color Universal Design (2008).
+# AFTER replaces its blue; its yellow is left out, because lines in it are hard to see on white.
 GROUPS = (AFTER, "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One picture, its title above, and lines beneath, each in green (right), red (wrong) or ink (neither)."""
+    """One image with a title above and lines of text below: green (True), red (False) or neutral (None)."""
 
     image: Image.Image
     title: str
@@ -24,7 +24,13 @@ class Cell:
 
 
 def gallery(cells: Sequence[Cell], across: int, characters: int = 30) -> Figure:
-    """A grid of cells, read row by row."""
+    """Return a grid of cells, filled row by row.
+
+    Args:
+        cells: The images with their texts.
+        across: Number of columns.
+        characters: Characters in a line; a text is cut after three lines.
+    """
     down = -(-len(cells) // across)
     wrapped = [
         [(piece, right) for text, right in cell.lines for piece in textwrap.wrap(text, characters)[:3]]

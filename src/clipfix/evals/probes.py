@@ -1,4 +1,4 @@
-"""Linear probes: which factors of a picture can be read off its embedding, whatever the text tower makes of them."""
+"""Linear probes: which factors of an image its embedding encodes, independently of the text tower."""
 
 from collections.abc import Sequence
 from statistics import fmean
@@ -12,15 +12,20 @@ from sklearn.preprocessing import StandardScaler
 from clipfix.evals.base import Benchmark, Scores
 from clipfix.evals.features import Features
 from clipfix.evals.labels import labels
-from clipfix.evals.outcomes import Outcome, each_class_alike
+from clipfix.evals.outcomes import Outcome, class_balanced_weights
 
 
 class Probes(Benchmark):
-    """A ridge classifier per factor, fitted on one split and scored on another in balanced accuracy.
+    """Balanced accuracy of a ridge classifier for each factor, fitted on one split and scored on another.
 
-    Fitted on the selection split: no weight was trained on it, so that a backbone that learned its training pictures
-    by heart gains nothing, and every test picture can be scored. Balanced: guessing scores 100 / classes, however
-    frequent the classes. The strength of the ridge is chosen by leave-one-out on the fitting split.
+    The config fits on the selection split. No weights are trained on it, so a backbone that memorized its training
+    images has no advantage. Chance is 100 / classes, for any class frequencies.
+
+    Args:
+        fit_shards: Data that the classifiers are fitted on.
+        shards: Data that they are scored on.
+        factors: The factors of the synthetic world, one classifier each.
+        alphas: Ridge penalties, of which leave-one-out on `fit_shards` selects one.
     """
 
     def __init__(
@@ -37,14 +42,14 @@ class Probes(Benchmark):
         images, samples = features.images(self.shards)
         shares, outcomes = {}, {}
         for factor in self.factors:
-            known, asked = labels(fit_samples, factor), labels(samples, factor)
-            if len(set(known.values())) < 2 or not asked:
-                continue  # a world too small to ask; a factor without a score is absent from the table
+            fit_labels, test_labels = labels(fit_samples, factor), labels(samples, factor)
+            if len(set(fit_labels.values())) < 2 or not test_labels:
+                continue  # the data is too small; the table then lacks this factor
             probe = make_pipeline(StandardScaler(), RidgeClassifierCV(self.alphas, class_weight="balanced"))
-            probe.fit(fit_images[list(known)].double().cpu().numpy(), list(known.values()))
-            answers = probe.predict(images[list(asked)].double().cpu().numpy())
-            truth = np.array(list(asked.values()))
+            probe.fit(fit_images[list(fit_labels)].double().cpu().numpy(), list(fit_labels.values()))
+            answers = probe.predict(images[list(test_labels)].double().cpu().numpy())
+            truth = np.array(list(test_labels.values()))
             shares[factor] = 100 * float(balanced_accuracy_score(truth, answers))
-            items = [samples[row]["key"] for row in asked]
-            outcomes[factor] = Outcome.of_answers(items, answers == truth, each_class_alike(truth))
+            items = [samples[row]["key"] for row in test_labels]
+            outcomes[factor] = Outcome.of_answers(items, answers == truth, class_balanced_weights(truth))
         return Scores({"mean": fmean(shares.values()), **shares}, outcomes)

@@ -1,4 +1,4 @@
-"""Retrieval: find the caption of a picture among all captions, and the picture of a caption among all pictures."""
+"""Image-text retrieval in both directions."""
 
 from collections.abc import Mapping, Sequence
 from itertools import islice, takewhile
@@ -20,35 +20,48 @@ from clipfix.evals.outcomes import Outcome, Outcomes
 from clipfix.evals.plots import Cell, gallery
 from clipfix.evals.ranking import ranks
 
-SHOWN = 12  # pictures in the figure
+SHOWN = 12  # images in the figure
 
 
-def both_ways(
+def retrieval_ranks(
     keys: Sequence[str],
     images: Float[Tensor, "n d"],
     texts: Float[Tensor, "m d"],
     counts: Sequence[int] | None = None,
 ) -> Outcomes:
-    """Ranks of texts by image and of images by text; each image's texts are side by side, as many or `counts`.
+    """Return the ranks of the captions of each image among all texts, and of the image of each text among all images.
 
-    With several captions a picture, any one of them is a hit. Pictures with the very same caption are rivals all the
-    same, so junk captions keep recall below 100. Source: clip_benchmark, `zeroshot_retrieval`; the same as the mean of
-    torchmetrics' `retrieval_hit_rate`, which takes one query at a time.
+    With several captions per image, each of them is a hit. An identical caption of another image is not, so recall
+    stays below 100 with duplicate captions. Source: clip_benchmark, `zeroshot_retrieval`. Equal to the mean of
+    `retrieval_hit_rate` of torchmetrics, which takes one query at a time.
+
+    Args:
+        keys: n names of the images.
+        images: [n, d] features.
+        texts: [m, d] features, in the order of the images.
+        counts: The number of texts of each image; None if all have the same number.
     """
-    picture = torch.arange(len(images), device=images.device)
+    image_ids = torch.arange(len(images), device=images.device)
     each = len(texts) // len(images) if counts is None else torch.tensor(counts, device=images.device)
-    owner = picture.repeat_interleave(each)
+    text_ids = image_ids.repeat_interleave(each)
     names = np.array(keys)
     return {
-        "image_to_text": Outcome(names, ranks(images, texts, picture, owner).cpu().numpy()),
-        "text_to_image": Outcome(names[owner.cpu().numpy()], ranks(texts, images, owner, picture).cpu().numpy()),
+        "image_to_text": Outcome(names, ranks(images, texts, image_ids, text_ids).cpu().numpy()),
+        "text_to_image": Outcome(
+            names[text_ids.cpu().numpy()], ranks(texts, images, text_ids, image_ids).cpu().numpy()
+        ),
     }
 
 
 class Retrieval(Benchmark):
-    """R@k both ways, with the captions that `text` picks (`key`, `pick`, `k`: as data.texts does in training).
+    """R@k in both directions.
 
-    `k: null` with `pick: all` takes every caption there is, so some pictures may have more than others.
+    Args:
+        shards: The data.
+        text: Which captions are used: arguments of `Text` (`key`, `pick`, `k`), as in `data.texts`. With `pick: all`
+            and `k: null` every caption is used, and images may have different numbers of captions.
+        recall_at: The values of k.
+        allow_pipe: Whether urls may run commands.
     """
 
     def __init__(
@@ -61,32 +74,34 @@ class Retrieval(Benchmark):
         self.shards, self.text, self.recall_at, self.allow_pipe = shards, Text(**text), list(recall_at), allow_pipe
 
     def score(self, features: Features) -> Scores:
-        """Return R@k both ways; `examples` has (nearest caption, whether it is a right one) of each shown picture."""
-        images, kept = features.images(self.shards, self.allow_pipe)
-        captions = [self.text.draw(sample, Random(sample["key"])) for sample in kept]
-        flat = [caption for several in captions for caption in several]
+        """Return R@k in both directions; `examples` holds (retrieved caption, whether it is correct) by image."""
+        images, samples = features.images(self.shards, self.allow_pipe)
+        captions = [self.text.draw(sample, Random(sample["key"])) for sample in samples]
+        flat = [caption for of_image in captions for caption in of_image]
         texts = features.texts(flat)
         nearest = (images[:SHOWN] @ texts.T).argmax(dim=1).tolist()
         examples = [(flat[text], flat[text] in captions[i]) for i, text in enumerate(nearest)]
-        ways = both_ways([sample["key"] for sample in kept], images, texts, [len(several) for several in captions])
+        ways = retrieval_ranks([sample["key"] for sample in samples], images, texts, [len(one) for one in captions])
         shares = {f"{way}_R@{k}": outcome.percent(k) for way, outcome in ways.items() for k in self.recall_at}
         return Scores({"mean": fmean(shares.values()), **shares}, ways, examples)
 
     def figure(self, columns: Sequence[str], scorings: Sequence[Scores]) -> Figure | None:
-        """Return the first pictures, each with the caption that every scoring found for it."""
+        """Return the first images, each with its caption and the caption that each scoring retrieved."""
         shown = islice(pictures(self.shards or (), self.allow_pipe), SHOWN)
         cells = []
         for i, sample in enumerate(shown):
-            own = self.text.draw(sample, Random(sample["key"]))[0]
-            found = [scoring.examples[i] for scoring in scorings]
-            own, *texts = without_shared_beginning([own, *(text for text, _ in found)])
-            lines = [(f"{name}: {text}", right) for name, text, (_, right) in zip(columns, texts, found, strict=True)]
-            cells.append(Cell(sample["image"], "", [(own, None), *lines]))
+            caption = self.text.draw(sample, Random(sample["key"]))[0]
+            retrieved = [scoring.examples[i] for scoring in scorings]
+            caption, *texts = strip_common_sentences([caption, *(text for text, _ in retrieved)])
+            lines = [
+                (f"{name}: {text}", right) for name, text, (_, right) in zip(columns, texts, retrieved, strict=True)
+            ]
+            cells.append(Cell(sample["image"], "", [(caption, None), *lines]))
         return gallery(cells, across=4)
 
 
-def without_shared_beginning(texts: Sequence[str]) -> list[str]:
-    """Texts without the sentences that all of them open with, which would hide where they part."""
+def strip_common_sentences(texts: Sequence[str]) -> list[str]:
+    """Return the texts without the first sentences that all of them share, so that a figure shows where they differ."""
     sentences = [text.split(". ") for text in texts]
     shared = len(list(takewhile(lambda places: len(set(places)) == 1, zip(*sentences, strict=False))))
     if shared == 0 or any(len(one) == shared for one in sentences):

@@ -92,14 +92,14 @@ def fetch(asked: Mapping[str, Any], keys: set[str]) -> dict[str, dict[str, Any]]
     """Picture and captions by key; the first sample of a key counts."""
     from clipfix.data.decoding import samples
     from clipfix.data.texts import Text
-    from clipfix.evals.embed import decoded
+    from clipfix.evals.embed import load_rgb
 
     text, shards = Text(**asked["text"]), asked["shards"]
     found: dict[str, dict[str, Any]] = {}
     for sample in published(shards) if isinstance(shards, Mapping) else samples(shards, bool(asked.get("allow_pipe"))):
         if sample["key"] in keys - found.keys():
             texts = text.draw(sample, Random(sample["key"]))
-            found[sample["key"]] = {"image": decoded(sample["image"]), "texts": texts}
+            found[sample["key"]] = {"image": load_rgb(sample["image"]), "texts": texts}
         if len(found) == len(keys):
             break
     return found

@@ -16,7 +16,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from clipfix.data.decoding import samples, square
 from clipfix.evals.embed import BATCH
-from clipfix.evals.features import still
+from clipfix.evals.features import eval_mode
 from clipfix.evals.plots import Cell, gallery
 from clipfix.functional.anchors import feature_drift
 from clipfix.methods.diva import DIVA
@@ -110,7 +110,7 @@ class Reconstructions(L.Callback):
         if idle or step == self.drawn_at or not trainer.is_global_zero:
             return
         self.drawn_at = step
-        with still(pl_module):
+        with eval_mode(pl_module):
             kept = islice(samples(self.shards or (), self.allow_pipe), max(self.count, BATCH))
             pictures = torch.stack([square(sample["image"], pl_module.needs.image_size) for sample in kept])
             drawn, pictures = self.reconstruct(pl_module, pictures), pictures[: self.count]
