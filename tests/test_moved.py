@@ -120,8 +120,8 @@ def test_an_old_run_folder_is_found_to_resume(tmp_path):
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OLD_CONFIG))
     own = moved.current(OLD_CONFIG)
     assert own["backbone"]["_target_"] == "clipfix.models.clip.Backbone"
-    assert resolvers.newest(tmp_path, own) == folder
-    assert resolvers.newest(tmp_path, own | {"seed": 1}) is None
+    assert resolvers.newest_same_run(tmp_path, own) == folder
+    assert resolvers.newest_same_run(tmp_path, own | {"seed": 1}) is None
 
 
 @pytest.fixture
