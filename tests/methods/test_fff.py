@@ -168,7 +168,7 @@ def test_features_of_the_shards_serve_as_well_as_the_reference(make):
     read = make(reference=None, thresholds=DOUBLES, start_bias=-3.0)
     assert torch.equal(total(read, inputs | {"features": stored}), total(asked, inputs))
     assert read.notes == asked.notes
-    with pytest.raises(ValueError, match=r"not of data\.texts\.captions: .*annotator\.keys"):
+    with pytest.raises(ValueError, match=r"data\.features .* data\.texts\.captions: .*annotator\.keys"):
         total(read, inputs | {"features": {"image": image}})
     assert read.needs.features
     assert not asked.needs.features

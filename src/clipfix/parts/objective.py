@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -63,7 +63,7 @@ class Sigmoid(Objective):
 
     name = "sigmoid"
 
-    def __init__(self, mean_over: Literal["entries", "images"], start_bias: float | None, tile: int) -> None:
+    def __init__(self, mean_over: str, start_bias: float | None, tile: int) -> None:
         super().__init__()
         if mean_over not in ("entries", "images"):
             raise ValueError(f"method.objective.mean_over is {mean_over}: choose entries or images.")
