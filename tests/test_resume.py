@@ -63,7 +63,7 @@ def test_another_seed_or_rate_is_another_run(world, tmp_path, monkeypatch, capsy
     for words in ["seed=1"], [], ["method.optimizer.lr=0.5"]:
         command(world, "method.steps=1", "resume=auto", *words)
     said = capsys.readouterr().out
-    assert said.count("has this recipe, seed, backbone and data.train: a new one begins") == 2
+    assert said.count("resume=.../checkpoints/last.ckpt") == 2
     first, second, third = sorted((tmp_path / "outputs").glob("*/*"))
     for words, folder in ([], second), (["method.optimizer.lr=0.5"], third), (["seed=1"], first):
         command(world, "method.steps=1", "resume=auto", "trainer.log_every_n_steps=1", *words)
