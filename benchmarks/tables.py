@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from clipfix.results.compare.results import Group, Result, find, group, read, refuse
+from clipfix.results.compare.results import Group, Result, check_comparable, find, group, read
 from clipfix.results.compare.rows import summarize
 
 HERE = Path(__file__).parent
@@ -30,7 +30,7 @@ def methods(wanted: Mapping[str, Any], results: Path) -> str:
     """Return the table in markdown: a row per method, with mean and standard deviation over seeds of each change."""
     groups = [None if row["results"] is None else one(results, row["results"]) for row in wanted["rows"]]
     runs = [result for each in groups if each is not None for result in each.results]
-    refuse(runs)  # scores of different splits do not belong in one table
+    check_comparable(runs)  # scores of different splits do not belong in one table
     heads = [f"{name} {before(runs, metric):.0f}" for name, metric in wanted["columns"].items()]
     lines = [["method", "what it does", *heads, "minutes", "source"], ["---"] * (len(heads) + 4)]
     for row, each in zip(wanted["rows"], groups, strict=True):

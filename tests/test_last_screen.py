@@ -15,7 +15,7 @@ from clipfix.evals.retrieval import Retrieval
 from clipfix.results import report
 from clipfix.results.compare.results import group, read
 from clipfix.results.compare.rows import rows
-from clipfix.results.headlines import MOST, chosen, headlines, picture
+from clipfix.results.headlines import MOST, choose, headlines, picture
 from clipfix.results.record import Record
 
 HOW = {"table": "headlines", "pictures": False, "resamples": 50, "coverage": 0.95}
@@ -53,11 +53,11 @@ def test_a_benchmark_has_its_mean_or_its_first_metric_and_the_methods_own_comes_
     values = {"lengths": {"20": 1.0, "77": 2.0}, "pairs": {"text": 1.0, "mean": 2.0, "ties": 0.0}, "empty": {}}
     values |= {f"more{i}": {"mean": 1.0, "other": 2.0} for i in range(2)}
     heads = [("pairs", "mean"), ("lengths", "20"), ("more0", "mean"), ("more1", "mean")]
-    assert chosen(values, "pairs") == [heads[0], ("pairs", "text"), *heads[1:]]  # filled up to five, without ties
-    assert chosen(values | {"more2": {"mean": 1.0}}, "pairs") == [*heads, ("more2", "mean")]
+    assert choose(values, "pairs") == [heads[0], ("pairs", "text"), *heads[1:]]  # filled up to five, without ties
+    assert choose(values | {"more2": {"mean": 1.0}}, "pairs") == [*heads, ("more2", "mean")]
     many = {f"b{i}": {"mean": 1.0} for i in range(40)}
-    assert chosen(many, "b39") == [(f"b{i}", "mean") for i in (39, *range(MOST - 1))]
-    assert chosen({}, None) == []
+    assert choose(many, "b39") == [(f"b{i}", "mean") for i in (39, *range(MOST - 1))]
+    assert choose({}, None) == []
 
 
 def test_changes_and_intervals_are_those_of_compare(tmp_path):
@@ -106,11 +106,20 @@ def test_the_screen_ends_in_scores_files_and_fits_80_columns(columns, tmp_path, 
     assert not list(folder.glob("*.png"))
 
 
-def test_the_full_table_is_a_switch(tmp_path, capsys):
-    report.write(tmp_path, BOTH, {}, record(BOTH), **HOW)
+def test_the_full_table_is_a_switch_and_fits_80_columns(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    long = {
+        column: one | {"a_benchmark_of_a_long_name": Scores({"structural_and_physical_characteristics": 99.9})}
+        for column, one in BOTH.items()
+    }
+    report.write(tmp_path, long, {}, record(long), **HOW)
     assert "viewpoint" not in capsys.readouterr().out
-    report.write(tmp_path, BOTH, {}, record(BOTH), **HOW | {"table": "full"})
-    assert "viewpoint" in capsys.readouterr().out
+    report.write(tmp_path, long, {}, record(long), **HOW | {"table": "full"})
+    table = capsys.readouterr().out.split("Run folder")[0].splitlines()
+    assert any("viewpoint" in line for line in table)
+    assert max(map(len, table)) <= 80
+    rows = [line for line in table if re.search(r"\d\.\d", line)]
+    assert len(rows) == sum(len(one.values) for one in long["after"].values())  # one line each: nothing wraps
 
 
 def test_without_scores_no_table_and_no_picture_of_them(tmp_path, capsys):

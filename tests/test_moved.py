@@ -16,7 +16,7 @@ from clipfix.data.sets.coco import COCO
 from clipfix.models.clip import Backbone, weights_hash
 from clipfix.results import identity
 from clipfix.results.compare.examples import published
-from clipfix.results.compare.results import Group, read, refuse
+from clipfix.results.compare.results import Group, check_comparable, read
 from clipfix.system import moved
 
 # All that the configs of 0.1 named, before modules were sorted into folders.
@@ -153,10 +153,10 @@ def test_old_and_new_results_compare(tmp_path):
     old = SETTINGS | {"zeroshot": {"questions": {"shape": {"classes": kinds}}}}
     new = json.loads(json.dumps(old).replace("clipfix.scenes", "clipfix.data.scenes"))
     results = [read(run(tmp_path / "old", benchmarks=old)), read(run(tmp_path / "new", benchmarks=new, seed=1))]
-    refuse(results)
+    check_comparable(results)
     new["zeroshot"]["questions"]["shape"]["classes"]["path"] = "clipfix.data.scenes.COLOURS"
     with pytest.raises(ValueError, match=r"zeroshot.*path.*KINDS|zeroshot.*path.*COLOURS"):
-        refuse([results[0], read(run(tmp_path / "other", benchmarks=new, seed=2))])
+        check_comparable([results[0], read(run(tmp_path / "other", benchmarks=new, seed=2))])
 
 
 def test_pictures_of_an_old_result_are_read_from_the_published_set(tmp_path):

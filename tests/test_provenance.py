@@ -87,7 +87,7 @@ def test_no_score_on_what_the_run_has_seen(tmp_path):
     benchmarks = {"retrieval": Retrieval(test, TEXT, [1]), "probes": Probes(train, test, ["shape"], [1.0])}
     provenance.check_splits(benchmarks, {"data.train": [train], "data.selection": [None]})  # a probe is fitted there
     for source in (test, [train, test], str(tmp_path / "t*.tar"), str(tmp_path / "link.tar")):
-        with pytest.raises(ValueError, match=r"eval\.benchmarks\.retrieval .*test\.tar, which is in data\.selection"):
+        with pytest.raises(ValueError, match=r"eval\.benchmarks\.retrieval .*test\.tar, .*data\.selection "):
             provenance.check_splits(benchmarks, {"data.train": [train], "data.selection": [source]})
 
 

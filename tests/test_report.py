@@ -4,7 +4,6 @@ import csv
 import json
 
 from PIL import Image
-from rich.console import Console
 
 from clipfix.evals.base import Scores
 from clipfix.results import report
@@ -27,11 +26,8 @@ def scored(columns: dict) -> dict:
 
 
 def printed(scores: dict) -> list[list[str]]:
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(report.full_table(scores))
-    return [
-        [cell.strip() for cell in line.split("│")[1:-1]] for line in console.export_text().splitlines() if "│" in line
-    ]
+    columns = [[str(cell) for cell in column.cells] for column in report.full_table(scores).columns]
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def test_table_names_each_benchmark_once_and_shows_the_change():

@@ -84,16 +84,16 @@ def test_picture_before_and_after(make, shard, drawn, tmp_path):
     before = expected(method)
     fit(method, tmp_path, 5, callback(tmp_path, shard))
     assert [[cell.title for cell in cells][::PICTURES] for cells in drawn] == [
-        ["picture", "before"],
-        ["picture", "before", "after 2 steps"],
-        ["picture", "before", "after 4 steps"],
-        ["picture", "before", "after 5 steps"],
+        ["image", "before"],
+        ["image", "before", "after 2 steps"],
+        ["image", "before", "after 4 steps"],
+        ["image", "before", "after 5 steps"],
     ]
     after = expected(method)
     assert (after - before).abs().max() > 0.02  # five times what a picture on disk may be off
     for name, right in (("before", before), ("after 5 steps", after)):
         torch.testing.assert_close(torch.stack(images(drawn[-1], name)), right, atol=1.1 / 255, rtol=0)
-    pictures = torch.stack(images(drawn[-1], "picture"))
+    pictures = torch.stack(images(drawn[-1], "image"))
     torch.testing.assert_close(pictures, batch(PICTURES + 2)["image"][:PICTURES], atol=1.1 / 255, rtol=0)
     with Image.open(tmp_path / "reconstructions.png") as picture:
         assert min(picture.size) > 300

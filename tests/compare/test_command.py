@@ -37,15 +37,22 @@ def test_files_folders_and_globs_are_words_behind_the_verb(clipfix, tmp_path):
     run(tmp_path / "fff", method="fff")
     words = ["it's one/0/results.json", "it's one/method=diva,seed=1", "f*"]
     printed = clipfix("run=compare", *words, "logger=csv", "compare.resamples=50", "compare.examples=0")
-    rows = [line.split("│") for line in printed.splitlines() if line.startswith("│ pairs ")]
-    assert len(rows) == 1
-    assert len(rows[0]) - 2 == 2 + 1 + 2 * 2 + 2  # two groups that began alike, and their difference
+    assert max(map(len, printed.splitlines())) <= 80
+    lines = printed.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("pairs "))
+    assert [line[len("pairs") :].split()[0] for line in lines[first : first + 2]] == ["1", "2"]
+    assert lines[first + 2].split()[:3] == ["2", "-", "1"]  # the difference of the two groups
+    assert {"1  diva tiny, 2 seeds", "2  fff tiny, 1 seed"} <= set(lines)
     assert "No settings in 3 of 3 files: zeroshot, lengths." in printed
     (page,) = tmp_path.glob("outputs/compare/*/report.html")
-    assert str(page) in printed
+    assert str(page.relative_to(tmp_path)) in printed
+    text = (page.parent / "scores.txt").read_text()
+    assert "presence of specific features" in text
+    assert "difference, second - first" in text
     assert "diva tiny: 2 runs, seeds 0, 1." in page.read_text()
     assert {path.name for path in page.parent.iterdir()} == {
         "report.html",
+        "scores.txt",
         "radar.png",
         "forgetting.png",
         "lengths.png",
@@ -85,9 +92,9 @@ def test_pictures_go_to_wandb(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["a", "nowhere"], "There is no nowhere: name results.json files or the run folders that hold them."),
-        ([], "Nothing to compare: name results, as in run=compare outputs/*/*/results.json"),
-        (["a", "other"], "pairs was scored on other data in other/results.json"),
+        (["a", "nowhere"], "compare.results: nowhere does not exist."),
+        ([], "compare.results is empty: give result files, as in run=compare outputs/*/*/results.json"),
+        (["a", "other"], "pairs was scored on different data in other/results.json"),
     ],
 )
 def test_what_does_not_compare_is_answered_in_one_line(words, message, clipfix, tmp_path):

@@ -46,4 +46,4 @@ def test_a_set_that_is_gone_is_one_line_and_other_code_is_not_run(urban1k, tmp_p
     for target in ("subprocess.run", "clipfix.data.sets.urban1k.Path"):
         cases, (line,) = examples(tmp_path / target, {"_target_": target, "args": ["false"]})
         assert cases == []
-        assert f"{target} is no data set of clipfix.data.sets" in line
+        assert f"{target} is not a data set of clipfix.data.sets" in line

@@ -7,7 +7,7 @@ import pytest
 from runs import PAIRS, run
 
 from clipfix.evals.outcomes import Outcome
-from clipfix.results.compare.bootstrap import changes, draw, interval, over_seeds
+from clipfix.results.compare.bootstrap import changes, interval, over_seeds, sample_items
 from clipfix.results.compare.figures import PATTERNS
 from clipfix.results.compare.results import group, read
 from clipfix.results.compare.rows import Cell, rows, table
@@ -50,7 +50,7 @@ def test_draws_are_a_loop_over_patterns_and_pairs(two):
         np.array([[home[name] == pattern for pattern in results[0][0]] for name in names], float) > 0,
         axis=0, return_inverse=True,
     )  # fmt: skip
-    times = draw(strata.ravel(), 20, rng)
+    times = sample_items(strata.ravel(), 20, rng)
     for b in range(20):
         for r, (before, after) in enumerate(results):
             means = []
@@ -117,7 +117,7 @@ def test_nothing_changed_gives_an_interval_around_zero(tmp_path):
     mean = found[0]
     assert mean.difference.interval == (0, 0)
     assert str(mean.difference) == "0.0 ± 0.0"
-    assert not mean.difference.sure
+    assert not mean.difference.significant
     chance = [run(tmp_path / "c", 0.5, 0.5, seed=3)]  # other answers, as often right
     (row, *_) = rows(group([read(path) for path in chance]), [], 500, 0.95, seed=0)
     assert row.cells[0].interval[0] < 0 < row.cells[0].interval[1]
@@ -125,7 +125,7 @@ def test_nothing_changed_gives_an_interval_around_zero(tmp_path):
 
 def test_a_known_difference_is_found(two):
     mean = rows(two, [], 500, 0.95, seed=0)[0]
-    assert mean.cells[0].sure
+    assert mean.cells[0].significant
     assert mean.cells[0].interval[0] < mean.cells[0].mean < mean.cells[0].interval[1]
     assert mean.difference.interval[0] < -10 < mean.difference.interval[1]
 

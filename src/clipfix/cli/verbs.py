@@ -88,7 +88,7 @@ def train(run: Run, trainer: Any, callbacks: Mapping[str, Any]) -> str:
     check_splits(run, callbacks)
     if trainer.is_global_zero:
         (run.folder / "config.yaml").write_text(method.config_yaml)
-        report.describe(run.config_and_choices(), run.loggers)
+        report.log_config(run.config_and_choices(), run.loggers)
     try:
         resumed = checkpoint_to_resume(run.config.resume, run.folder)
         trainer.fit(method, data, ckpt_path=resumed, weights_only=True)
@@ -180,9 +180,9 @@ def compare(run: Run) -> None:
 
         quiet_wandb()
         logger = instantiate(run.config.logger.wandb, name="compare", group="compare")
-        report.describe({"compare": settings}, [logger])
+        report.log_config({"compare": settings}, [logger])
         for path in pictures:
-            report.show(f"compare/{path.stem}", path, [logger])
+            report.log_picture(f"compare/{path.stem}", path, [logger])
 
 
 def workspace(run: Run) -> None:

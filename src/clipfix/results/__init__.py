@@ -1,1 +1,1 @@
-"""What a run leaves: scores before and after, where they come from, pictures, and runs side by side."""
+"""Results of runs: scores before and after training, their provenance, figures, and the comparison of runs."""

@@ -1,4 +1,4 @@
-"""The scores that a run reports: of its backbone before any step, and with the repair that it chose."""
+"""The scores that a run reports: before training, and with the selected checkpoint."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,26 +13,29 @@ from clipfix.results import provenance
 
 
 class BeforeAfter(L.Callback):
-    """Scores a model before training, and whenever `score` is called; all ranks share the work.
+    """Scores a model before training, and when `score` is called. All ranks share the work.
 
     Args:
-        model: what the method's `wrap` returned for a copy of the pretrained backbone. It is kept in main memory
-            between the scorings.
+        model: The result of the method's `wrap` for a copy of the pretrained backbone. Between scorings it is in main
+            memory.
+        benchmarks: The benchmarks by name.
     """
 
     def __init__(self, model: Model, benchmarks: Mapping[str, Benchmark]) -> None:
         self.model, self.benchmarks = model, benchmarks
-        self.scored: dict[str, dict[str, Scores]] = {}  # {"before" or "after": {benchmark: scores}}
-        self.weights: dict[str, str] = {}  # their hashes
-        self.facts: dict[str, Any] = {}  # as provenance.facts returns them, on the first rank
-        self.texts: TextCache = {}  # most repairs leave the text tower as it is
+        self.scored: dict[
+            str, dict[str, Scores]
+        ] = {}  # {column: {benchmark: scores}}; columns are "before" and "after"
+        self.weights: dict[str, str] = {}  # {column: hash of the weights}
+        self.facts: dict[str, Any] = {}  # result of provenance.facts, on rank 0
+        self.texts: TextCache = {}  # shared, because most methods do not change the text tower
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Score before training: not earlier, because all ranks share the work and only now they have started."""
+        """Score before training. It is the first hook at which all ranks have started."""
         self.score("before", trainer)
 
     def score(self, when: str, trainer: L.Trainer) -> None:
-        """Add `scored[when]`."""
+        """Score the model and add the result to `scored`, under the column `when`."""
         self.model.to(trainer.strategy.root_device)
         self.scored[when] = evaluate(self.model, self.benchmarks, self.texts)
         if trainer.is_global_zero:

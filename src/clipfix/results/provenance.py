@@ -1,4 +1,4 @@
-"""What the numbers of a run come from: weights, data, versions, code. Every results.json carries it, as recipe.py's."""
+"""Provenance of scores: model, data, library versions and code. Every results.json holds it."""
 
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -21,8 +21,8 @@ LIBRARIES = ("torch", "lightning", "open_clip_torch", "diffusers", "transformers
 
 
 def facts(backbone: Backbone, benchmarks: Mapping[str, Benchmark]) -> dict[str, Any]:
-    """All that does not change from before a repair to after it."""
-    name = Path(backbone.name).parts[-2:] if backbone.folder else (backbone.name,)  # no path of this machine
+    """Return the facts that are the same before and after training, by the names of fields in `Record`."""
+    name = Path(backbone.name).parts[-2:] if backbone.folder else (backbone.name,)  # without the path on this machine
     weight = next(backbone.parameters())
     return {
         "model": "/".join(name),
@@ -37,27 +37,28 @@ def facts(backbone: Backbone, benchmarks: Mapping[str, Benchmark]) -> dict[str, 
 
 
 def files(source: Any) -> list[str]:
-    """The files, as absolute paths, and urls of what a benchmark or a method reads: urls of shards, as in yaml.
+    """Return the files of a data source, local ones as absolute paths, others as urls.
 
-    A source of another kind says so itself, by a method `files()` that returns the same.
+    Args:
+        source: Urls of shards, as in yaml; an object with a method `files()` that returns the list; or None.
     """
     if source is None:
         return []
     if hasattr(source, "files"):
         return source.files()
-    found = expand(source, allow_pipe=True)  # whoever reads them asks whether a pipe may run
-    return [url if urlsplit(url).scheme else str(Path(url).resolve()) for url in found]
+    urls = expand(source, allow_pipe=True)  # nothing is read here; the reader checks allow_pipe
+    return [url if urlsplit(url).scheme else str(Path(url).resolve()) for url in urls]
 
 
 def data_hash(sources: Mapping[str, Any]) -> dict[str, Any]:
-    """How many files, and SHA-256 of the contents of them all in order, whatever they are called and wherever they lie.
+    """Return the number of files and the SHA-256 of their contents in order, which is independent of their paths.
 
-    What comes over the network is not read once more for this: there its urls are given, and no hash.
+    Remote files are not read again to compute a hash; their urls are returned instead.
     """
-    found = [file for source in sources.values() for file in files(source)]
-    if remote := [file for file in found if urlsplit(file).scheme]:
-        return {"files": len(found), "sha256": None, "urls": without_secrets(remote)}
-    return {"files": len(found), "sha256": sha256("".join(map(_digest, found)).encode()).hexdigest()}
+    all_files = [file for source in sources.values() for file in files(source)]
+    if remote := [file for file in all_files if urlsplit(file).scheme]:
+        return {"files": len(all_files), "sha256": None, "urls": without_secrets(remote)}
+    return {"files": len(all_files), "sha256": sha256("".join(map(_digest, all_files)).encode()).hexdigest()}
 
 
 def _digest(file: str) -> str:
@@ -67,26 +68,30 @@ def _digest(file: str) -> str:
 
 @cache
 def _digest_of(file: str, size: int, changed_ns: int) -> str:
-    """Of one file, read once a process as long as it stays as it is."""
+    """Return the digest of one file. A file is read once per process unless its size or time changes."""
     with open(file, "rb") as opened:
         return file_digest(opened, "sha256").hexdigest()
 
 
 def check_splits(benchmarks: Mapping[str, Benchmark], seen: Mapping[str, Iterable[Any]]) -> None:
-    """Refuses to report a score on files that the run trains on or chooses its checkpoint by.
+    """Raise an error if a benchmark is scored on files that the run trains on or selects its checkpoint by.
 
-    `seen` has, by the key of the config, the sources that the run sees before the report. Files are told apart by path
-    or url: a copy under another name goes unnoticed. What a probe is fitted on may be seen, what it is asked may not.
+    Files are compared by path or url, so a copy with another name is not detected. Data that a probe is fitted on is
+    not checked.
+
+    Args:
+        benchmarks: The benchmarks by name.
+        seen: {config key: data sources that the run reads before it reports}.
     """
     for key, sources in seen.items():
-        known = {file for source in sources for file in files(source)}
+        seen_files = {file for source in sources for file in files(source)}
         for name, benchmark in benchmarks.items():
-            asked = [file for file in files(benchmark.sources().get("shards")) if file in known]
-            if asked:
+            shared = [file for file in files(benchmark.sources().get("shards")) if file in seen_files]
+            if shared:
                 raise ValueError(
-                    f"eval.benchmarks.{name} would be scored on {asked[0]}, which is in {key} too ({len(asked)} such "
-                    "files): what a run trains on or chooses its checkpoint by cannot judge it. Name other shards for "
-                    "one of the two."
+                    f"eval.benchmarks.{name} would be scored on {shared[0]}, which is also in {key} "
+                    f"({len(shared)} such files). Scores on training or selection data are not valid: set "
+                    "other shards for one of the two."
                 )
 
 
@@ -94,15 +99,15 @@ def check_splits(benchmarks: Mapping[str, Benchmark], seen: Mapping[str, Iterabl
 
 
 def commit() -> dict[str, Any] | None:
-    """The commit of the checkout that this code runs from, and whether its files differ; None where there is none."""
+    """Return the commit of this checkout and whether files differ from it; None if the code is not in a checkout."""
     root = PACKAGE.parents[1]
-    if not (root / ".git").exists():  # installed: a repository further up would be somebody else's
+    if not (root / ".git").exists():  # an installed package may be inside an unrelated repository
         return None
     try:
-        said = [
+        output = [
             subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout.strip()
             for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
         ]
-    except (OSError, subprocess.CalledProcessError):  # no git here, or a repository that it will not read
+    except (OSError, subprocess.CalledProcessError):  # git is not installed, or does not trust the repository
         return None
-    return {"hash": said[0], "dirty": bool(said[1])}
+    return {"hash": output[0], "dirty": bool(output[1])}

@@ -1,4 +1,4 @@
-"""results.json: the one class that writes and reads it."""
+"""The class that writes and reads results.json."""
 
 import json
 from collections.abc import Mapping
@@ -14,27 +14,27 @@ Percentages = Mapping[str, float]  # eval/<benchmark>/<metric>
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Record:
-    """The scores of one run, and where they come from. Fields are the keys of results.json, in this order.
+    """The scores of one run and their provenance. The fields are the keys of results.json, in this order.
 
-    A field is None if nobody knows its value; files of older versions lack some keys.
+    A field is None if its value is unknown; files of older versions lack some keys.
 
     Args:
         model: Name of the base model, without its folder on this machine.
         data: {benchmark: {"files": number, "sha256": hash of their contents, or "urls" if they were read remotely}}.
         versions: {library: version}.
         commit: {"hash": ..., "dirty": whether files differ from it}; None outside a checkout.
-        device: The name of the GPU that scored, or "cpu".
-        backbone: The choice of the config group `backbone`.
-        method, control, wise, trained_with_seed, recipe: How the model was repaired, see `identity.repair`; None of a
-            model that was not.
-        benchmarks: {benchmark: its settings}. Only scores by the same settings compare.
+        device: Name of the GPU on which the scores were computed, or "cpu".
+        backbone: The chosen option of the config group `backbone`.
+        method, control, wise, trained_with_seed, recipe: How the model was trained, see `identity.repair`; None for
+            an untrained model.
+        benchmarks: {benchmark: its settings}. `run=compare` requires equal settings.
         weights: {column of `scores`: SHA-256 of the weights}.
         precision: {"scores": ..., "training": ...}.
-        checkpoint: The checkpoint that was scored; a run of `fit` gives it relative to its folder.
-        step: Optimizer steps of that checkpoint.
-        seed: Of this run.
-        seconds: Wall time of the run.
-        peak_memory_gb: Of the GPU, or of this process.
+        checkpoint: Path of the scored checkpoint; in a run of `fit` relative to the run folder.
+        step: Number of optimizer steps of that checkpoint.
+        seed: Seed of this run.
+        seconds: Wall time of the run, in seconds.
+        peak_memory_gb: Peak memory of the GPU, or of the process without a GPU, in GB.
         scores: {"before" and "after", or "score": {`eval/<benchmark>/<metric>`: percent}}.
     """
 
@@ -60,17 +60,17 @@ class Record:
     scores: Mapping[str, Percentages]
 
     def write(self, folder: Path) -> Path:
-        """Write results.json in the folder and return its path."""
+        """Write results.json to a folder and return its path."""
         path = folder / FILE
         path.write_text(json.dumps(asdict(self), indent=2) + "\n")
         return path
 
     @classmethod
     def read(cls, path: Path) -> "Record":
-        """Read one file; missing keys become None, and unknown ones are ignored.
+        """Return the record in a file. Missing keys are None, and unknown keys are ignored.
 
         Raises:
-            ValueError: The file is no JSON, or its scores are no numbers by column and name.
+            ValueError: The file is not JSON, or its scores are not numbers by column and name.
         """
         try:
             stored = moved.current(json.loads(path.read_text()))
@@ -80,19 +80,21 @@ class Record:
             names = {field.name for field in fields(cls)}
             return cls(**{key: value for key, value in stored.items() if key in names} | {"scores": scores})
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{path} is no result file of run=fit or run=eval ({error!r}).") from error
+            raise ValueError(
+                f"{path} is not a results.json of run=fit or run=eval ({error!r}): choose another file."
+            ) from error
 
     @classmethod
     def of_checkpoint(cls, checkpoint: str) -> "Record | None":
-        """Read the file of the run that wrote this checkpoint; None if there is none."""
+        """Return the record of the run that wrote a checkpoint; None if it has no results.json."""
         run = Path(checkpoint).resolve().parents[1]  # <run folder>/checkpoints/<name>.ckpt
         return cls.read(run / FILE) if (run / FILE).is_file() else None
 
     @property
     def has_scores(self) -> bool:
-        """False of a run with `eval=none`."""
+        """Whether there is any score; there is none with `eval=none`."""
         return any(self.scores.values())
 
     def facts(self) -> dict[str, Any]:
-        """Return all that is known, but for the scores."""
+        """Return all fields with a value, except the scores."""
         return {key: value for key, value in asdict(self).items() if key != "scores" and value is not None}

@@ -1,9 +1,7 @@
-"""What a run leaves behind: a before/after table on screen, results as json, pictures as PNG, all of it in W&B too."""
+"""The report of a run: results.json, scores.txt, figures, the lines on the screen, and the same in W&B."""
 
 import csv
-import os
 from collections.abc import Mapping, Sequence
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +15,18 @@ from clipfix.evals.base import Benchmark, Scores
 from clipfix.evals.outcomes import save as save_outcomes
 from clipfix.evals.plots import AFTER, BEFORE
 from clipfix.results.compare.results import comparable, newest
-from clipfix.results.compare.rows import named, number
+from clipfix.results.compare.rows import number, readable
 from clipfix.results.headlines import headlines, picture
 from clipfix.results.headlines import table as head_table
 from clipfix.results.record import Percentages, Record
+from clipfix.results.screen import as_text, one_line, plain_table, relative_path
 
-# Of what is logged, by prefix: drawn first, drawn last, and not drawn. A method's own notes stand between.
+# Prefixes of logged names whose curves come first, last, or are not drawn. The notes of a method are between them.
 FIRST, LAST, NOT_DRAWN = ("train", "val"), ("selection", "perf"), ("data", "optimizer")
 
 
-def describe(config: Mapping[str, Any], loggers: Sequence[Logger]) -> None:
-    """The config of a run, nested as it is, for W&B to group and filter by; the csv file has config.yaml beside it."""
+def log_config(config: Mapping[str, Any], loggers: Sequence[Logger]) -> None:
+    """Log the nested config to W&B, for grouping and filtering. The csv logger has config.yaml in the run folder."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger.log_hyperparams(dict(config))
@@ -46,34 +45,38 @@ def write(
     coverage: float,
     first: str | None = None,
 ) -> None:
-    """Write the results of a run into its folder and every logger, and print what a reader wants to see first.
+    """Write the results of a run to its folder and to the loggers, and print the headlines and the files.
 
-    results.json has all scores and where they come from; outcomes.npz has the answer to every item, which
-    `run=compare` reads; scores.txt is the full table.
+    results.json holds all scores and their provenance, outcomes.npz the result for every item, which `run=compare`
+    reads, and scores.txt the table of all metrics.
 
     Args:
-        scored: {column: {benchmark: scores}}, of the columns of `record.scores`.
-        table: "full" prints every metric, "headlines" a few.
-        pictures: Whether pictures are drawn.
-        resamples, coverage: Of the intervals, see `headlines`.
+        folder: The run folder.
+        scored: {column: {benchmark: scores}}, with the columns of `record.scores`.
+        benchmarks: The benchmarks by name.
+        record: The content of results.json.
+        loggers: Loggers of Lightning; only W&B gets scores and pictures.
+        table: "headlines" prints a few metrics, "full" all of them.
+        pictures: Whether figures are drawn.
+        resamples, coverage: Settings of the intervals, see `headlines`.
         first: The benchmark whose headline comes first.
     """
     columns, scores = list(scored), record.scores
     record.write(folder)
     scorings = {name: [column[name] for column in scored.values()] for name in benchmarks}
-    recorded = {name: [one.outcomes for one in several] for name, several in scorings.items() if several[0].outcomes}
+    recorded = {name: [one.outcomes for one in columns_] for name, columns_ in scorings.items() if columns_[0].outcomes}
     save_outcomes(folder, columns, recorded)
     metrics = join_metrics(folder)
     heads = headlines(scored, first, resamples, coverage, record.seed or 0)
     if heads:
         (folder / "scores.txt").write_text(as_text(full_table(scores)))
-    drawn: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     if pictures:
         figures = {"scores": picture(heads, columns), "scores_all": bars(scores), "curves": curves(metrics)}
         figures |= {name: benchmark.figure(columns, scorings[name]) for name, benchmark in benchmarks.items()}
-        drawn = {name: save(figure, folder / f"{name}.png") for name, figure in figures.items() if figure}
-    for name, path in drawn.items():
-        show(f"report/{name}", path, loggers)
+        paths = {name: save(figure, folder / f"{name}.png") for name, figure in figures.items() if figure}
+    for name, path in paths.items():
+        log_picture(f"report/{name}", path, loggers)
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             for column, values in scores.items():
@@ -85,30 +88,31 @@ def write(
     if heads:
         console.print(full_table(scores) if table == "full" else head_table(heads, columns, coverage), soft_wrap=False)
         console.print()
-    for line in closing(folder, record, drawn, bool(heads), loggers):
+    for line in closing_lines(folder, record, paths, bool(heads), loggers):
         console.print(line, markup=False)
 
 
-def as_text(shown: Table) -> str:
-    """Return a table as plain text, as wide as it needs to be."""
-    console = Console(file=StringIO(), width=200, color_system=None)
-    console.print(shown)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"  # type: ignore[attr-defined]
-
-
-def closing(
-    folder: Path, record: Record, drawn: Mapping[str, Path], scored: bool, loggers: Sequence[Logger]
+def closing_lines(
+    folder: Path, record: Record, pictures: Mapping[str, Path], scored: bool, loggers: Sequence[Logger]
 ) -> list[str]:
-    """Return what stands below the scores: the files to open, where W&B has the run, and the time it took."""
-    here = from_here(folder)
-    examples = [path.name for name, path in drawn.items() if name not in ("scores", "scores_all", "curves")]
+    """Return the lines below the scores: the files to open, the run in W&B, the time and the memory.
+
+    Args:
+        folder: The run folder.
+        record: The content of results.json.
+        pictures: {name: path} of the figures that were drawn.
+        scored: Whether there are scores.
+        loggers: Loggers of Lightning.
+    """
+    here = relative_path(folder)
+    examples = [path.name for name, path in pictures.items() if name not in ("scores", "scores_all", "curves")]
     shown = f"{examples[0]}{' ...' if len(examples) > 1 else ''}" if examples else ""
     files = {
         "scores.txt": "every metric" if scored else "",
-        "scores.png": "the lines above as a picture; scores_all.png: every metric" if "scores" in drawn else "",
-        "curves.png": "losses and notes by step" if "curves" in drawn else "",
-        shown: "pictures and what was answered about them" if examples else "",
-        "results.json": "the scores and where they come from",
+        "scores.png": "the lines above as a chart; scores_all.png: every metric" if "scores" in pictures else "",
+        "curves.png": "losses and other logged values by step" if "curves" in pictures else "",
+        shown: "example images with the answers of the model" if examples else "",
+        "results.json": "the scores and their provenance",
     }
     width = max(map(len, files))
     lines = [f"Run folder: {here}", *(f"  {name.ljust(width)}  {what}" for name, what in files.items() if what)]
@@ -123,41 +127,37 @@ def closing(
 
 
 def next_command(folder: Path, record: Record) -> list[str]:
-    """Return the command to try after this run, in lines; none where there is nothing to suggest."""
+    """Return the lines that suggest the next command; none if there is nothing to suggest."""
     last = newest(Path("outputs"), 2)
     if len(last) == 2 and folder.resolve() in (path.parent.resolve() for path in last) and comparable(last):
-        return ["Next: python -m clipfix run=compare", "      (this run and the one before it, side by side)"]
+        return ["Next: python -m clipfix run=compare", "      (compares this run with the one before it)"]
     weights = record.weights or {}
     if record.checkpoint and weights.get("before") != weights.get("after"):
-        checkpoint = from_here(folder / record.checkpoint)
+        checkpoint = relative_path(folder / record.checkpoint)
         return ["Next: python -m clipfix run=export \\", f"  checkpoint={checkpoint}"]
     return []
 
 
-def from_here(path: Path) -> str:
-    """Return the path relative to the working directory if that is shorter."""
-    return min(str(path), os.path.relpath(path), key=len)
-
-
 def save(figure: Figure, path: Path) -> Path:
+    """Write a figure at 150 dpi and return the path."""
     figure.savefig(path, dpi=150, bbox_inches="tight")
     return path
 
 
-def show(name: str, picture: Path, loggers: Sequence[Logger]) -> None:
-    """A picture, by its name there, in every logger that has room for pictures."""
+def log_picture(name: str, picture: Path, loggers: Sequence[Logger]) -> None:
+    """Log an image file under a name to every logger that takes images."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger.log_image(name, [str(picture)])
 
 
 def flat_rows(scores: Mapping[str, Percentages]) -> list[list[Any]]:
-    """Return a row for each metric: its name, then its value in each column."""
+    """Return one row per metric: its name, followed by its value in each column."""
     return [[name, *values] for name, values in rows(scores)]
 
 
 def rows(scores: Mapping[str, Percentages]) -> list[tuple[str, list[float]]]:
-    """(score, [value of each column]) in the order of the first column."""
+    """Return (<benchmark>/<metric>, [value in each column]), in the order of the first column."""
     return [
         (name.removeprefix("eval/"), [column[name] for column in scores.values()])
         for name in next(iter(scores.values()))
@@ -165,15 +165,15 @@ def rows(scores: Mapping[str, Percentages]) -> list[tuple[str, list[float]]]:
 
 
 def full_table(scores: Mapping[str, Percentages]) -> Table:
-    """Benchmarks as sections, metrics as rows; the last column is what the run changed."""
-    shown = Table(title="Scores in percent", title_justify="left")
+    """Return a table with benchmarks as sections and metrics as rows. Long names are cut where the screen is narrow."""
+    shown = plain_table("Scores in percent")
     shown.add_column("benchmark")
     shown.add_column("metric")
     for column in scores:
-        shown.add_column(column, justify="right")
+        shown.add_column(column, justify="right", no_wrap=True)
     change = len(scores) == 2
     if change:
-        shown.add_column("change", justify="right")
+        shown.add_column("change", justify="right", no_wrap=True)
     last = None
     for name, values in rows(scores):
         benchmark, metric = name.split("/", 1)
@@ -182,13 +182,13 @@ def full_table(scores: Mapping[str, Percentages]) -> Table:
         cells = [f"{value:.1f}" for value in values]
         if change:
             cells.append(number(values[1] - values[0]))
-        shown.add_row("" if benchmark == last else benchmark, named(metric), *cells)
+        shown.add_row(one_line("" if benchmark == last else benchmark), one_line(readable(metric)), *cells)
         last = benchmark
     return shown
 
 
 def bars(scores: Mapping[str, Percentages]) -> Figure | None:
-    """Before/after bars, one panel a benchmark."""
+    """Return a bar chart of all metrics, one panel per benchmark; None without scores."""
     panels: dict[str, list[tuple[str, list[float]]]] = {}
     for name, values in rows(scores):
         benchmark, metric = name.split("/", 1)
@@ -214,7 +214,10 @@ def bars(scores: Mapping[str, Percentages]) -> Figure | None:
 
 
 def join_metrics(folder: Path) -> list[dict[str, str]]:
-    """The csv logger's rows from all starts of this run, also written to metrics.csv; a later start wins its steps."""
+    """Return the rows of the csv logger from all starts of a run, and write them to metrics.csv.
+
+    Where a resumed run repeats steps, the rows of the later start replace those of the earlier one.
+    """
     rows: list[dict[str, str]] = []
     for part in sorted(folder.glob("metrics/version_*/metrics.csv"), key=lambda path: int(path.parent.name[8:])):
         with part.open() as file:
@@ -230,12 +233,16 @@ def join_metrics(folder: Path) -> list[dict[str, str]]:
 
 
 def prefix(name: str) -> str:
-    """Return the part of a logged name that says what kind it is, as in `train/loss`."""
+    """Return the first part of a logged name, such as `train` for `train/loss`."""
     return name.split("/", 1)[0]
 
 
 def curves(metrics: list[dict[str, str]]) -> Figure | None:
-    """Return curves of every loss, note of a method and selection score in the rows of the csv logger, by step."""
+    """Return curves by step of losses, notes of the method and selection scores; None without any.
+
+    Args:
+        metrics: Rows of the csv logger, as `join_metrics` returns them.
+    """
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in metrics:
         for name, value in row.items():
@@ -243,7 +250,7 @@ def curves(metrics: list[dict[str, str]]) -> Figure | None:
                 lines.setdefault(name, []).append((int(row["step"]), float(value)))
     if not lines:
         return None
-    # train/x and val/x share a panel, and so do the conditions of a generator: their distance is what one looks for.
+    # train/x and val/x share a panel. So do the errors under each condition, to show differences.
     panels: dict[str, list[str]] = {}
     notes = sorted({prefix(name) for name in lines} - {*FIRST, *LAST})
     order = [*FIRST, *notes, *LAST]
@@ -251,7 +258,7 @@ def curves(metrics: list[dict[str, str]]) -> Figure | None:
         stage, metric = name.split("/", 1)
         shared = {"train": metric, "val": metric, "denoising": "denoising, by condition"}
         panels.setdefault(shared.get(stage, name), []).append(name)
-    if sum(name.startswith("train/") for name in lines) == 2:  # a single term is the loss
+    if sum(name.startswith("train/") for name in lines) == 2:  # with a single term, its curve is the curve of the loss
         panels.pop("loss")
     across = min(3, len(panels))
     down = -(-len(panels) // across)

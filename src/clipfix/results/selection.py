@@ -1,4 +1,4 @@
-"""Scores taken as it trains, on a split that is neither trained on nor reported; one of them chooses the checkpoint."""
+"""Scores during training on the selection split, by which the checkpoint is selected."""
 
 from collections.abc import Mapping
 
@@ -13,15 +13,18 @@ from clipfix.training.sharding import unsharded
 class Selection(L.Callback):
     """Logs `selection/<benchmark>/<metric>` of the method's model before training and after each validation.
 
-    The mean of a benchmark that has one, else every metric; and `metric` (as in `pairs/mean`), which ModelCheckpoint
-    monitors. Shards that several benchmarks share are embedded once a check.
+    For each benchmark the mean is logged, or every metric if it has no mean.
+
+    Args:
+        benchmarks: Benchmarks on the selection split. Neither training nor the reported benchmarks read this split.
+        metric: <benchmark>/<metric>, such as `pairs/mean`. It is logged too, and ModelCheckpoint monitors it.
     """
 
     def __init__(self, benchmarks: Mapping[str, Benchmark], metric: str) -> None:
         self.benchmarks, self.metric = benchmarks, metric
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Where the curves begin; a metric that nobody scores is refused here, not after the first validation."""
+        """Log the scores before training. A wrong `eval.selection_metric` is reported here, before any training."""
         if trainer.global_step == 0:
             with unsharded(pl_module):
                 scores = self.score(pl_module)
@@ -30,22 +33,26 @@ class Selection(L.Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         scores = self.score(pl_module)
-        # Every rank scores the same weights on the same pictures: the mean over ranks is the number itself.
+        # All ranks have the same scores, so their mean over ranks does not change them.
         for name, score in scores.items():
             pl_module.log(name, score, prog_bar=name == f"selection/{self.metric}", sync_dist=True)
 
     def score(self, pl_module: L.LightningModule) -> dict[str, float]:
-        """What is logged, by its name there."""
+        """Return {logged name: percent}.
+
+        Raises:
+            ValueError: No benchmark computes `metric`.
+        """
         model = pl_module.scored
         assert isinstance(model, Model)
         with scoring(model) as features:
             scores = {name: benchmark.score(features).values for name, benchmark in self.benchmarks.items()}
         benchmark, _, metric = self.metric.partition("/")
         if metric not in scores.get(benchmark, {}):
-            choices = [f"{name}/{metric}" for name, found in scores.items() for metric in found]
-            raise ValueError(f"eval.selection_metric={self.metric} is not scored: choose from {', '.join(choices)}.")
+            choices = [f"{name}/{metric}" for name, values in scores.items() for metric in values]
+            raise ValueError(f"eval.selection_metric={self.metric} does not exist: choose from {', '.join(choices)}.")
         logged = {f"selection/{self.metric}": scores[benchmark][metric]}
-        for name, found in scores.items():
-            told = {"mean": found["mean"]} if "mean" in found else found
-            logged |= {f"selection/{name}/{metric}": score for metric, score in told.items()}
+        for name, values in scores.items():
+            chosen = {"mean": values["mean"]} if "mean" in values else values
+            logged |= {f"selection/{name}/{metric}": score for metric, score in chosen.items()}
         return logged

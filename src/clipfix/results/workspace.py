@@ -1,4 +1,4 @@
-"""The W&B workspace in which runs are looked at: one section a metric prefix, runs grouped by method and backbone."""
+"""The W&B workspace: one section per metric prefix, runs grouped by method and backbone."""
 
 import csv
 import re
@@ -9,12 +9,12 @@ from typing import Any
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 
-# By what `report.describe` wrote into the config of each run.
+# Keys that `report.log_config` writes into the config of each run.
 GROUPED_BY = ("choices.method", "choices.backbone")
-PICTURE = "/grid"  # the end of a picture's name
-MEDIA = re.compile(r"_\d+_[0-9a-f]+\.png$")  # what W&B adds to it in the name of its file: step and hash
-STEP = "trainer/global_step"  # optimizer steps, as Lightning writes them beside every value
-# Runs of a group differ by seed: their mean, and their standard deviation around it.
+PICTURE = "/grid"  # the end of the name of every picture
+MEDIA = re.compile(r"_\d+_[0-9a-f]+\.png$")  # step and hash, which W&B appends to the name of the file
+STEP = "trainer/global_step"  # optimizer steps; Lightning logs them with every value
+# The runs of a group differ by seed: show their mean and standard deviation.
 OVER_SEEDS: dict[str, Any] = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
 
 
@@ -30,18 +30,19 @@ def workspace(
 
     Args:
         entity: A user or a team.
-        scored: The benchmarks that a run is scored by, before and after.
-        watched: The benchmarks that score the selection split.
-        selected_by: The metric of the selection split that chooses the checkpoint.
-        logged: Names that runs logged. Prefixes that no section below is for get one each, so that the notes of a new
-            method are shown without an edit here; a name that ends in `/grid` is a picture.
+        project: Name of the project.
+        scored: Names of the benchmarks that score a run before and after training.
+        watched: Names of the benchmarks on the selection split.
+        selected_by: The metric by which the checkpoint is selected.
+        logged: Names that earlier runs logged. A prefix without a section below gets one, so that the notes of a new
+            method are shown without an edit here. Names that end in `/grid` are pictures.
     """
     sections: dict[str, list[Any]] = {
         "selection": [
             *([lines(selected_by, f"selection/{selected_by}")] if selected_by else []),
             *(every(name, f"^selection/{name}/") for name in watched),
         ],
-        # Two points a run: before the repair, at step 0, and after it.
+        # Each run has two points: before training, at step 0, and after it.
         "eval": [every("means", "^eval/[^/]+/mean$"), *(every(name, f"^eval/{name}/") for name in scored)],
         "report": [
             wr.WeavePanelSummaryTable(table_name="report/before_after"),
@@ -54,17 +55,17 @@ def workspace(
         "denoising": [every("loss under each condition", "^denoising/")],
         "drift": [every("distance from the original model", "^drift/")],
         "positives": [
-            every("promoted, an image", "^positives/.*_per_image$"),
+            every("promoted per image", "^positives/.*_per_image$"),
             every("promoted, percent", "^positives/.*_percent$"),
         ],
         "promoted": [pictures("promoted pairs", "promoted/grid")],
-        "reconstructions": [pictures("what the generator makes of each condition", "reconstructions/grid")],
-        "samples": [pictures("what the generator draws", "samples/grid")],
-        "data": [lines("samples skipped", "data/skipped"), every("texts cut off", "^data/.*_cut$")],
+        "reconstructions": [pictures("images generated from conditions", "reconstructions/grid")],
+        "samples": [pictures("generated images", "samples/grid")],
+        "data": [lines("samples skipped", "data/skipped"), every("truncated texts", "^data/.*_cut$")],
         "perf": [
-            lines("images a second", "perf/images_per_second"),
+            lines("images per second", "perf/images_per_second"),
             lines("peak memory, GB", "perf/memory_gb"),
-            lines("steps passed over: not finite", "perf/skipped_steps"),
+            lines("skipped steps (not finite)", "perf/skipped_steps"),
         ],
         "optimizer": [every("learning rate", "^optimizer/lr")],
     }
@@ -88,7 +89,7 @@ def workspace(
 
 
 def logged_here(outputs: Path) -> list[str]:
-    """Return the names that the runs in a folder logged: of curves from metrics.csv, of pictures from W&B's files."""
+    """Return the names that the runs in a folder logged: curves from metrics.csv, pictures from the files of W&B."""
     names: dict[str, None] = {}
     for file in sorted(outputs.rglob("metrics.csv")):
         with file.open() as opened:
@@ -99,13 +100,15 @@ def logged_here(outputs: Path) -> list[str]:
 
 
 def lines(title: str, *metrics: str) -> wr.LinePlot:
+    """Return a panel with curves of these metrics."""
     return wr.LinePlot(title=title, x=STEP, y=list(metrics), **OVER_SEEDS)
 
 
 def every(title: str, regex: str) -> wr.LinePlot:
-    """All metrics whose names match: which there are depends on the method and on its settings."""
+    """Return a panel with curves of all metrics whose names match, because metrics depend on method and settings."""
     return wr.LinePlot(title=title, x=STEP, metric_regex=regex, **OVER_SEEDS)
 
 
 def pictures(title: str, *keys: str) -> wr.MediaBrowser:
+    """Return a panel with pictures, browsed by step."""
     return wr.MediaBrowser(title=title, media_keys=list(keys), gallery_axis="step")

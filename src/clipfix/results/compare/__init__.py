@@ -1,7 +1,8 @@
-"""Results of runs side by side: a table on screen, pictures, and a page that opens anywhere.
+"""The comparison of runs: a table on the screen, scores.txt, figures, and report.html.
 
-results.py    result files, read, grouped, and refused where they do not compare;  bootstrap.py  how sure a change is
-rows.py       the numbers and the table;  figures.py  the pictures;  examples.py  pictures whose rank changed
+results.py    reads result files, groups runs, and checks that they can be compared
+bootstrap.py  intervals of changes
+rows.py       the numbers and the tables;  figures.py  the figures;  examples.py  images whose rank changed
 page.py       report.html
 """
 
@@ -10,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
-from clipfix.results.compare.results import find, group, read, refuse
-from clipfix.results.compare.rows import by_group, rows, summary, table
+from clipfix.results.compare.results import check_comparable, find, group, read
+from clipfix.results.compare.rows import legend, rows, summary, summary_table, table
+from clipfix.results.screen import as_text, relative_path
 
 
 def compare(
@@ -27,47 +28,60 @@ def compare(
     coverage: float,
     examples: int,
 ) -> list[Path]:
-    """Prints the table, then leaves pictures and report.html in the folder; returns the pictures.
+    """Print a table of the main metrics, write scores.txt, figures and report.html, and return the figures' paths.
 
-    `gain` is the metric that the repair is for, `kept` the benchmark that must not suffer.
+    Args:
+        folder: The folder to write to.
+        seed: Seed of the bootstrap.
+        published: Published numbers, the entries of conf/published.yaml.
+        results: Paths, run folders or globs of result files.
+        gain: <benchmark>/<metric> that the method is meant to improve.
+        kept: The benchmark that should not get worse.
+        resamples: Number of bootstrap samples.
+        coverage: Coverage of the intervals, from 0 to 1.
+        examples: Number of images whose rank changed most.
+
+    Raises:
+        ValueError: A file is missing or no result file, or the files cannot be compared.
     """
     runs = [read(path) for path in find(results)]
-    notes = refuse(runs)
+    notes = check_comparable(runs)
     groups = group(runs)
-    found = rows(groups, published, resamples, coverage, seed)
-    console = Console() if Console().is_terminal else Console(width=160)  # a log has room
-    short = len(groups) > 2  # more have no room side by side
-    console.print(by_group(groups, summary(found), coverage) if short else table(groups, found, coverage))
-    for each in groups:
-        if each.differs:
-            said = ", ".join(f"{key}={value}" for key, value in each.differs.items())
-            console.print(f"[bold]{each.name}[/]: {escape(said)}", highlight=False)
-    if short:
-        console.print("Every metric is in report.html.")
+    all_rows = rows(groups, published, resamples, coverage, seed)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(summary_table(groups, summary(all_rows), coverage), soft_wrap=False)
+    console.print()
+    for line in legend(groups, summary(all_rows)):
+        console.print(line, markup=False)
+    if notes:
+        console.print("Not checked:", style="yellow")
     for note in notes:
-        console.print(f"Not checked or not known. {note}", style="yellow", highlight=False)
+        console.print(f"  {note}", style="yellow", markup=False)
 
-    # Matplotlib and jinja take a second, and shards are read by torch's libraries: the table does not wait for them.
+    # Matplotlib, jinja and the reading of shards take a second to import. The table is printed before.
     from clipfix.results.compare import figures
     from clipfix.results.compare.examples import changed, picture
     from clipfix.results.compare.page import write
 
     folder.mkdir(parents=True, exist_ok=True)
+    scores = folder / "scores.txt"
+    scores.write_text(as_text(table(groups, all_rows, coverage)))
     drawn = {
         "radar": figures.radar(groups),
         "forgetting": figures.forgetting(groups, gain, kept),
         "lengths": figures.lengths(groups),
     }
-    cases, missed = changed(groups, examples)
+    cases, reasons = changed(groups, examples)
     if cases:
         drawn["examples"] = picture(cases)
-    for note in missed:
-        console.print(note, style="yellow", highlight=False)
+    for reason in reasons:
+        console.print(reason, style="yellow", markup=False)
     paths = []
     for name, figure in drawn.items():
         if figure is not None:
             paths.append(folder / f"{name}.png")
             figure.savefig(paths[-1], dpi=200)
-    page = write(folder, groups, found, paths, cases, [*notes, *missed], coverage=coverage, gain=gain, kept=kept)
-    console.print(f"Report: {page}", soft_wrap=True)
+    page = write(folder, groups, all_rows, paths, cases, [*notes, *reasons], coverage=coverage, gain=gain, kept=kept)
+    console.print(f"Every metric: {relative_path(scores)}", markup=False)
+    console.print(f"Report: {relative_path(page)}", markup=False)
     return paths

@@ -1,4 +1,4 @@
-"""Retrieval examples that changed: a picture, its caption, and the caption's rank before and after."""
+"""Retrieval examples: images whose caption changed its rank most from before to after training."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +13,21 @@ from PIL import Image
 from clipfix.data.sets import Source
 from clipfix.results.compare.results import Group
 
-WAY = "image_to_text"  # the rank of the own caption among all captions
+QUESTION = "image_to_text"  # the rank of the caption of an image among all captions
 
 
 @dataclass(frozen=True)
 class Case:
-    """One picture; ranks are medians over seeds, per group by name."""
+    """One image with its captions.
+
+    Args:
+        image: The image.
+        texts: Its captions.
+        before: Rank of its captions before training, the median over seeds of the first group.
+        after: {group: rank after training, the median over seeds}.
+        benchmark: Name of the benchmark.
+        better: Whether the rank improved in the first group.
+    """
 
     image: Image.Image
     texts: Sequence[str]
@@ -29,7 +38,7 @@ class Case:
 
     @property
     def lines(self) -> list[tuple[str, bool | None]]:
-        """What each group made of it, and whether that is better than before."""
+        """Return (text, whether the rank improved) of each group; None for an equal rank."""
         return [
             (f"{name}: rank {self.before} → {rank}", None if rank == self.before else rank < self.before)
             for name, rank in self.after.items()
@@ -37,28 +46,32 @@ class Case:
 
 
 def changed(groups: Sequence[Group], amount: int) -> tuple[list[Case], list[str]]:
-    """The pictures whose rank rose and fell most in the first group, half of each; and why there are none, in a line.
+    """Return the images whose rank changed most in the first group, or the reason why there are none.
 
-    Ranks change by factors: from 20 to 2 says as much as from 200 to 20. Pictures are read from the benchmark's shards
-    or published data set, where they still lie as the result file says.
+    Half of them improved and half got worse. Changes are compared as factors: 20 to 2 equals 200 to 20. Images are read
+    from the shards or the published data set that the result file names.
+
+    Args:
+        groups: Groups of runs.
+        amount: Number of images.
     """
-    found = most_moved(groups)
-    if amount == 0 or found is None:
+    largest = largest_change(groups)
+    if amount == 0 or largest is None:
         return [], []
-    benchmark, items, before, after = found
+    benchmark, items, before, after = largest
     factors = np.log(after[0] / before)
     order = np.argsort(factors, kind="stable")
     half = -(-amount // 2)
     wanted = [i for i in order[:half] if factors[i] < 0] + [i for i in order[::-1][: amount - half] if factors[i] > 0]
-    asked = (groups[0].fact("benchmarks") or {}).get(benchmark) or {}
-    if not asked.get("shards"):
-        return [], [f"No examples: {benchmark} does not say which shards its pictures lie in."]
+    settings = (groups[0].fact("benchmarks") or {}).get(benchmark) or {}
+    if not settings.get("shards"):
+        return [], [f"No examples: the result file does not name the shards of {benchmark}."]
     try:
-        samples = fetch(asked, {str(items[i]) for i in wanted})
+        samples = read_samples(settings, {str(items[i]) for i in wanted})
     except ValueError as error:
-        return [], [f"No examples, as the pictures of {benchmark} cannot be read: {error}"]
+        return [], [f"No examples: the images of {benchmark} cannot be read: {error}"]
     if absent := {str(items[i]) for i in wanted} - samples.keys():
-        return [], [f"No examples: the data of {benchmark} no longer holds {', '.join(sorted(absent))}."]
+        return [], [f"No examples: the data of {benchmark} no longer contains {', '.join(sorted(absent))}."]
     cases = []
     for i in wanted:
         sample = samples[str(items[i])]
@@ -68,54 +81,67 @@ def changed(groups: Sequence[Group], amount: int) -> tuple[list[Case], list[str]
     return cases, []
 
 
-def most_moved(groups: Sequence[Group]) -> tuple[str, np.ndarray, np.ndarray, list[np.ndarray]] | None:
-    """The retrieval benchmark that changed most in the first group: its items, and their ranks before and after."""
+def largest_change(groups: Sequence[Group]) -> tuple[str, np.ndarray, np.ndarray, list[np.ndarray]] | None:
+    """Return the retrieval benchmark whose mean changed most in the first group, its items, and their ranks.
+
+    The ranks are those before training, and those after training by group. None if there is no such benchmark.
+    """
     runs = [result for group in groups for result in group.results]
-    having = [
+    candidates = [
         benchmark
-        for benchmark, found in groups[0].results[0].outcomes_before.items()
-        if WAY in found and all(benchmark in run.outcomes_before for run in runs)
+        for benchmark, recorded in groups[0].results[0].outcomes_before.items()
+        if QUESTION in recorded and all(benchmark in run.outcomes_before for run in runs)
     ]
-    if not having:
+    if not candidates:
         return None
-    name = max(having, key=lambda one: abs(sum(run.change(f"{one}/mean") for run in groups[0].results)))
-    first = groups[0].results[0].outcomes_before[name][WAY]
+    name = max(candidates, key=lambda one: abs(sum(run.change(f"{one}/mean") for run in groups[0].results)))
+    first = groups[0].results[0].outcomes_before[name][QUESTION]
 
     def median(side: str, results: Sequence[Any]) -> np.ndarray:
-        return np.median([getattr(result, side)[name][WAY].ranks for result in results], axis=0)
+        return np.median([getattr(result, side)[name][QUESTION].ranks for result in results], axis=0)
 
     after = [median("outcomes_after", group.results) for group in groups]
     return name, first.items, median("outcomes_before", groups[0].results), after
 
 
-def fetch(asked: Mapping[str, Any], keys: set[str]) -> dict[str, dict[str, Any]]:
-    """Picture and captions by key; the first sample of a key counts."""
+def read_samples(settings: Mapping[str, Any], keys: set[str]) -> dict[str, dict[str, Any]]:
+    """Return {key: image and captions} of the samples with these keys; the first sample of a key counts.
+
+    Args:
+        settings: The settings of the benchmark in the result file.
+        keys: The keys of the samples.
+    """
     from clipfix.data.decoding import samples
     from clipfix.data.texts import Text
     from clipfix.evals.embed import load_rgb
 
-    text, shards = Text(**asked["text"]), asked["shards"]
-    found: dict[str, dict[str, Any]] = {}
-    for sample in published(shards) if isinstance(shards, Mapping) else samples(shards, bool(asked.get("allow_pipe"))):
-        if sample["key"] in keys - found.keys():
+    text, shards = Text(**settings["text"]), settings["shards"]
+    by_key: dict[str, dict[str, Any]] = {}
+    allow_pipe = bool(settings.get("allow_pipe"))
+    for sample in published(shards) if isinstance(shards, Mapping) else samples(shards, allow_pipe):
+        if sample["key"] in keys - by_key.keys():
             texts = text.draw(sample, Random(sample["key"]))
-            found[sample["key"]] = {"image": load_rgb(sample["image"]), "texts": texts}
-        if len(found) == len(keys):
+            by_key[sample["key"]] = {"image": load_rgb(sample["image"]), "texts": texts}
+        if len(by_key) == len(keys):
             break
-    return found
+    return by_key
 
 
 def published(settings: Mapping[str, Any]) -> Source:
-    """The data set of these settings. Only one of clipfix.data.sets: a result file must not choose what else is run."""
-    named = str(settings.get("_target_"))
-    kind = resolve_name(named) if named.startswith("clipfix.data.sets.") else None
+    """Return the data set with these settings.
+
+    Raises:
+        ValueError: The class is not in clipfix.data.sets. A result file may not run other code.
+    """
+    name = str(settings.get("_target_"))
+    kind = resolve_name(name) if name.startswith("clipfix.data.sets.") else None
     if not (isinstance(kind, type) and issubclass(kind, Source)):
-        raise ValueError(f"{named} is no data set of clipfix.data.sets")
+        raise ValueError(f"{name} is not a data set of clipfix.data.sets")
     return kind(**{key: value for key, value in settings.items() if not key.startswith("_")})
 
 
 def picture(cases: Sequence[Case]) -> Figure:
-    """All cases as one grid."""
+    """Return a figure of all cases."""
     from clipfix.evals.plots import Cell, gallery
 
     cells = [

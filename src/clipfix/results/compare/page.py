@@ -1,4 +1,4 @@
-"""report.html: one file with everything in it, which opens offline, on a phone and in print."""
+"""report.html: a single file without external resources, for screens, phones and print."""
 
 import base64
 import io
@@ -15,24 +15,24 @@ from clipfix import __version__
 from clipfix.results.compare.examples import Case
 from clipfix.results.compare.figures import style
 from clipfix.results.compare.results import Group, Result
-from clipfix.results.compare.rows import Cell, Row, number, one_start, sections, summary
+from clipfix.results.compare.rows import Cell, Row, number, same_start, sections, summary
 
 CAPTIONS = {
     "radar": (
-        "The nine patterns of look-alike pairs",
-        "Percent of pairs told apart. Bands: one standard deviation over seeds.",
+        "The nine patterns of MMVP",
+        "Percent of pairs that are matched correctly. Bands: one standard deviation over seeds.",
     ),
     "forgetting": (
         "Forgetting against gain",
-        "Each run a point. To the right: repaired. Below zero: forgotten. Crosses: mean and standard deviation.",
+        "One point per run. Right of zero: gain. Below zero: forgetting. Crosses: mean and standard deviation.",
     ),
     "lengths": (
         "Retrieval against caption length",
-        "The same pictures and captions, cut after so many tokens. A flat line is a model that reads no further.",
+        "The same images and captions, truncated to each length. A flat curve means that further words are not used.",
     ),
 }
 IDENTITY = ("model", "weights", "method", "backbone", "control", "commit", "seed", "checkpoint", "step", "seconds")
-HASHES = ("weights", "commit")  # shown short, whole in the title
+HASHES = ("weights", "commit")  # shortened; the tooltip shows them in full
 
 
 def write(
@@ -47,7 +47,17 @@ def write(
     gain: str,
     kept: str,
 ) -> Path:
-    """The page of one comparison; pictures become part of it."""
+    """Write report.html, with the figures embedded, and return its path.
+
+    Args:
+        folder: The folder to write to.
+        groups: The groups of runs.
+        rows: All rows.
+        pictures: Paths of the figures.
+        cases: Retrieval examples.
+        notes: What could not be checked or shown.
+        coverage, gain, kept: As in `compare`.
+    """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -64,11 +74,11 @@ def write(
         sections=sections(rows),
         main=main,
         changed=all(result.before is not None for result in results),
-        together=one_start(rows),
+        together=same_start(rows),
         published=any(row.published for row in rows),
         bar=lambda cell, among: bar(cell, reach(among)),
         number=number,
-        figures=[(*CAPTIONS[path.stem], inlined(path)) for path in pictures if path.stem in CAPTIONS],
+        figures=[(*CAPTIONS[path.stem], data_uri(path)) for path in pictures if path.stem in CAPTIONS],
         cases=[(case, thumbnail(case.image)) for case in cases],
         notes=notes,
         coverage=f"{coverage:.0%}",
@@ -76,8 +86,8 @@ def write(
         gain=gain,
         kept=kept,
         provenance=provenance(groups),
-        data=hashes(results),
-        versions=shared(results, "versions"),
+        data=data_hashes(results),
+        versions=distinct_values(results, "versions"),
         now=datetime.now().strftime("%Y-%m-%d %H:%M"),
         version=__version__,
     )
@@ -87,13 +97,18 @@ def write(
 
 
 def reach(rows: Sequence[Row]) -> float:
-    """The largest change or bound among rows: half the width of their bars, so that bars can be compared."""
+    """Return the largest change or interval end among rows. It is half the width of their bars, which share a scale."""
     cells = [cell for row in rows for cell in (*row.cells, row.difference) if cell is not None and cell.signed]
     return max((abs(value) for cell in cells for value in (cell.mean, *(cell.interval or ()))), default=1.0) or 1.0
 
 
 def bar(cell: Cell, half: float) -> Markup:
-    """A dot for the mean, a line for the interval, a tick at zero."""
+    """Return an svg with a dot for the mean, a line for the interval and a tick at zero.
+
+    Args:
+        cell: The change.
+        half: The change, in points, at the right end of the bar.
+    """
 
     def x(value: float) -> float:
         return 42 + 38 * value / half
@@ -103,15 +118,16 @@ def bar(cell: Cell, half: float) -> Markup:
         '<svg class="bar{}" viewBox="0 0 84 14" width="84" height="14" aria-hidden="true">'
         '<line class="zero" x1="42" x2="42" y1="0" y2="14"/>'
         '<line class="range" x1="{:.1f}" x2="{:.1f}" y1="7" y2="7"/><circle cx="{:.1f}" cy="7" r="3.5"/></svg>'
-    ).format(" sure" if cell.sure else "", x(low), x(high), x(cell.mean))
+    ).format(" sure" if cell.significant else "", x(low), x(high), x(cell.mean))
 
 
-def inlined(path: Path) -> str:
+def data_uri(path: Path) -> str:
+    """Return a PNG file as a data uri."""
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
 def thumbnail(image: Image.Image) -> str:
-    """A picture of at most 224 px as a data uri."""
+    """Return an image, scaled to at most 224 px, as a data uri."""
     small = image.convert("RGB")
     small.thumbnail((224, 224), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -120,42 +136,43 @@ def thumbnail(image: Image.Image) -> str:
 
 
 def provenance(groups: Sequence[Group]) -> dict[str, Any]:
-    """A column per fact that any file tells, a row per run; what a file does not tell reads "unknown"."""
+    """Return a table of facts: one row per run, and one column per fact that any file contains.
+
+    A fact that is absent from a file reads "unknown".
+    """
     results = [(group, result) for group in groups for result in group.results]
-    told = [key for key in IDENTITY if any(getattr(result.record, key) is not None for _, result in results)]
-    # An absent control means none; of the other facts, absence means that nobody knows.
-    absent = {"control": "none"}
+    columns = [key for key in IDENTITY if any(getattr(result.record, key) is not None for _, result in results)]
+    absent = {"control": "none"}  # a run without a control has no such value; other absent facts are unknown
     lines = []
     for group, result in results:
         values = []
-        for key in told:
+        for key in columns:
             value = getattr(result.record, key)
-            whole = (
-                absent.get(key, "unknown") if value is None else f"{value:.0f}" if key == "seconds" else words(value)
-            )
-            values.append((" ".join(word[:10] for word in whole.split()) if key in HASHES else whole, whole))
+            full = absent.get(key, "unknown") if value is None else as_line(value)
+            full = f"{value:.0f}" if key == "seconds" and value is not None else full
+            values.append((" ".join(word[:10] for word in full.split()) if key in HASHES else full, full))
         lines.append((group.name, str(result.path), values))
-    return {"columns": told, "rows": lines, "missing": [key for key in ("weights", "commit") if key not in told]}
+    return {"columns": columns, "rows": lines, "missing": [key for key in ("weights", "commit") if key not in columns]}
 
 
-def words(value: Any) -> str:
-    """A fact in a line; of one with parts (weights before and after; a commit, dirty or not) what they say."""
+def as_line(value: Any) -> str:
+    """Return a fact as text. A mapping gives its values, and for a value of True its key, as `dirty` of a commit."""
     if not isinstance(value, Mapping):
         return str(value)
     return " ".join(name if part is True else str(part) for name, part in value.items() if part not in (None, False))
 
 
-def hashes(results: Sequence[Result]) -> Mapping[str, list[str]]:
-    """What tells the data of each benchmark."""
+def data_hashes(results: Sequence[Result]) -> Mapping[str, list[str]]:
+    """Return {benchmark: shortened hashes of its data}, more than one if they differ."""
     names = dict.fromkeys(name.split("/", 1)[0] for result in results for name in result.after)
-    found = {name: list(dict.fromkeys(filter(None, (result.data(name) for result in results)))) for name in names}
-    return {name: [value[:16] for value in values] for name, values in found.items() if values}
+    by_name = {name: list(dict.fromkeys(filter(None, (result.data(name) for result in results)))) for name in names}
+    return {name: [value[:16] for value in values] for name, values in by_name.items() if values}
 
 
-def shared(results: Sequence[Result], key: str) -> Mapping[str, list[str]]:
-    """What files tell by name (hashes of data, versions of libraries): the values, more than one where runs differ."""
-    found: dict[str, dict[str, None]] = {}
+def distinct_values(results: Sequence[Result], key: str) -> Mapping[str, list[str]]:
+    """Return {name: distinct values} of a field that is a mapping, such as `versions`."""
+    values: dict[str, dict[str, None]] = {}
     for result in results:
         for name, value in (getattr(result.record, key) or {}).items():
-            found.setdefault(name, {})[str(value)] = None
-    return {name: list(values) for name, values in found.items()}
+            values.setdefault(name, {})[str(value)] = None
+    return {name: list(distinct) for name, distinct in values.items()}

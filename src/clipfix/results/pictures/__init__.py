@@ -1,1 +1,1 @@
-"""What a method draws as it trains, for a person to judge; one file a method, chosen by conf/callbacks."""
+"""Callbacks that draw figures during training. One file per method; conf/callbacks/<method>.yaml uses it."""

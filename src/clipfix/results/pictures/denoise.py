@@ -1,4 +1,4 @@
-"""What a generator draws from texts as it trains."""
+"""Images that a diffusion model generates from texts during training."""
 
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,20 @@ from torchvision.transforms.functional import to_pil_image
 
 from clipfix.evals.plots import Cell, gallery
 from clipfix.methods.denoise import Denoise, join_captions
-from clipfix.results.report import show
+from clipfix.results.report import log_picture
 
 
 class Samples(L.Callback):
-    """At each validation `samples.png` in the run folder, and W&B: pictures drawn from the texts of unseen ones.
+    """Writes `samples.png` to the run folder and to W&B at each validation.
 
-    The first texts of the validation split, unpicked, each beside the picture it describes; the same noise every time.
+    It shows the first images of the validation split, and beside each the image generated from its text. The noise is
+    the same every time.
+
+    Args:
+        folder: The run folder.
+        count: Number of texts.
+        steps: Number of DDIM steps.
+        guidance: Scale of classifier-free guidance; 1 turns it off.
     """
 
     def __init__(self, folder: str, count: int, steps: int, guidance: float) -> None:
@@ -36,12 +43,12 @@ class Samples(L.Callback):
         assert isinstance(pl_module, Denoise)
         texts = join_captions(batch)[: self.count]
         noise = torch.Generator().manual_seed(0)
-        with torch.compiler.set_stance("force_eager"):  # another number of pictures would be compiled anew
-            told, null = pl_module.diffusion.condition(texts), pl_module.diffusion.condition([""])[0]
-            drawn = pl_module.diffusion.sample(told, null, self.steps, self.guidance, noise)
+        with torch.compiler.set_stance("force_eager"):  # a batch of another size would be compiled again
+            condition, null = pl_module.diffusion.condition(texts), pl_module.diffusion.condition([""])[0]
+            generated = pl_module.diffusion.sample(condition, null, self.steps, self.guidance, noise)
         cells = []
-        for text, picture, image in zip(texts, batch["image"], drawn, strict=False):
-            cells.append(Cell(to_pil_image(picture), "test picture", [(text, None)]))
-            cells.append(Cell(to_pil_image(image), "drawn from its text", []))
+        for text, picture, image in zip(texts, batch["image"], generated, strict=False):
+            cells.append(Cell(to_pil_image(picture), "validation image", [(text, None)]))
+            cells.append(Cell(to_pil_image(image), "generated from its text", []))
         gallery(cells, across=8, characters=34).savefig(self.path, dpi=100, bbox_inches="tight")
-        show("samples/grid", self.path, trainer.loggers)
+        log_picture("samples/grid", self.path, trainer.loggers)

@@ -1,4 +1,4 @@
-"""What DIVA's generator makes of the conditions: images drawn from them, and its errors under them."""
+"""Callbacks for DIVA: errors of the diffusion model under several conditions, and images generated from conditions."""
 
 import copy
 from collections.abc import Sequence
@@ -20,19 +20,19 @@ from clipfix.evals.features import eval_mode
 from clipfix.evals.plots import Cell, gallery
 from clipfix.functional.anchors import feature_drift
 from clipfix.methods.diva import DIVA
-from clipfix.results.report import show
+from clipfix.results.report import log_picture
 from clipfix.training.sharding import unsharded
 
 
 class Watch(L.Callback):
-    """Logs the generator's error under different conditions, and how far the visual tower has moved.
+    """Logs the error of the diffusion model under different conditions, and the drift of the visual tower.
 
-    `denoising/right`, `denoising/shuffled` and `denoising/null` are the errors under each image's own condition, that
-    of another image, and that of no text, with the noise and timesteps of the step that follows. `drift/features` is 1
-    - cosine of image features and those of the pretrained tower. Training is the same with and without it.
+    `denoising/right`, `denoising/shuffled` and `denoising/null` are the errors under the condition of the image, of
+    another image, and of the empty text, with the noise and timesteps of the next step. `drift/features` is 1 - cosine
+    of the image features and those of the pretrained tower. The callback does not change training.
 
     Args:
-        every_n_batches: how often; the logger shows the last values in between.
+        every_n_batches: Batches between two measurements; in between the logger repeats the last values.
     """
 
     def __init__(self, every_n_batches: int) -> None:
@@ -41,7 +41,7 @@ class Watch(L.Callback):
         self.every_n_batches = every_n_batches
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Copy the pretrained tower, before weights are resumed or sharded."""
+        """Copy the pretrained tower before weights are resumed or sharded."""
         backbone: Any = pl_module.backbone
         self.original = copy.deepcopy(backbone, {id(backbone.text): backbone.text}).requires_grad_(False)
 
@@ -68,12 +68,19 @@ class Watch(L.Callback):
 
 
 class Reconstructions(L.Callback):
-    """Writes `reconstructions.png` in the run folder, and to W&B: images generated from the condition of each picture.
+    """Writes `reconstructions.png` to the run folder and to W&B after each validation and at the end of training.
 
-    Its rows: the first pictures of the selection split; images generated from their conditions before training, when
-    the projection was random; and images generated now, after each validation and at the end. Pictures, patches and
-    noise are the same every time, so that columns differ by the trained weights alone. Nothing is drawn without
-    feedback (`method.feedback=null`) or without a selection split.
+    The rows are the first images of the selection split, images generated from their conditions before training, and
+    images generated now. Images, patches and noise are the same every time, so differences between rows come from the
+    trained weights. Nothing is drawn without feedback (`method.feedback=null`) or without a selection split.
+
+    Args:
+        folder: The run folder.
+        shards: The selection split; None draws nothing.
+        count: Number of images.
+        steps: Number of DDIM steps.
+        guidance: Scale of classifier-free guidance; 1 turns it off.
+        allow_pipe: Whether urls may run commands.
     """
 
     def __init__(
@@ -89,7 +96,7 @@ class Reconstructions(L.Callback):
         self.shards, self.allow_pipe = shards, allow_pipe
         self.count, self.steps, self.guidance = count, steps, guidance
         self.before: Tensor | None = None
-        self.drawn_at = -1
+        self.last_step = -1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         with unsharded(pl_module):
@@ -103,36 +110,36 @@ class Reconstructions(L.Callback):
             self.render(trainer, pl_module)
 
     def render(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw the picture of this step, once, on the first rank alone; no other rank is needed."""
+        """Draw the figure on rank 0, at most once per step. It needs no collective operation."""
         assert isinstance(pl_module, DIVA)
         step = trainer.global_step
         idle = not self.shards or pl_module.feedback is None
-        if idle or step == self.drawn_at or not trainer.is_global_zero:
+        if idle or step == self.last_step or not trainer.is_global_zero:
             return
-        self.drawn_at = step
+        self.last_step = step
         with eval_mode(pl_module):
-            kept = islice(samples(self.shards or (), self.allow_pipe), max(self.count, BATCH))
-            pictures = torch.stack([square(sample["image"], pl_module.needs.image_size) for sample in kept])
-            drawn, pictures = self.reconstruct(pl_module, pictures), pictures[: self.count]
-            self.before = drawn if self.before is None else self.before
-            rows = {"picture": pictures, "before": self.before} | ({f"after {step} steps": drawn} if step else {})
+            first = islice(samples(self.shards or (), self.allow_pipe), max(self.count, BATCH))
+            pictures = torch.stack([square(sample["image"], pl_module.needs.image_size) for sample in first])
+            generated, pictures = self.reconstruct(pl_module, pictures), pictures[: self.count]
+            self.before = generated if self.before is None else self.before
+            rows = {"image": pictures, "before": self.before} | ({f"after {step} steps": generated} if step else {})
             cells = [Cell(to_pil_image(image), title, []) for title, images in rows.items() for image in images]
             gallery(cells, across=len(pictures)).savefig(self.path, dpi=100, bbox_inches="tight")
-        show("reconstructions/grid", self.path, trainer.loggers)
+        log_picture("reconstructions/grid", self.path, trainer.loggers)
 
     def reconstruct(self, method: DIVA, pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 s s"]:
-        """Return images generated from the conditions of the first `count` pictures.
+        """Return images generated from the conditions of the first `count` images.
 
-        The other pictures only enter the batch mean, which a condition may subtract.
+        The rest of the batch only enters the batch mean, which a condition may subtract.
         """
-        method.seed_draws(0)  # each training step seeds them anew
+        method.seed_draws(0)  # training is not affected, because each step seeds its own draws
         pictures = pictures.type_as(method.condition.projection.weight)
         condition = method.condition(*method.backbone.visual_tokens(pictures))[: self.count]
         noise = torch.Generator().manual_seed(0)
         return method.diffusion.sample(condition, method.condition.null, self.steps, self.guidance, noise).cpu()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was drawn before training: a resumed run could not draw it again."""
+        """Return the images generated before training, which a resumed run cannot generate again."""
         return {"before": None if self.before is None else (255 * self.before).round().byte()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
