@@ -15,6 +15,7 @@ CHECKED = (
 )  # fmt: skip
 install_import_hook([f"clipfix.{name}" for name in CHECKED], "beartype.beartype")
 
+import clipfix.cli.resolvers  # noqa: E402  registers what the configs use in ${...}
 
 # `make test` distributes files to the workers in this order, the longest first, so that all workers end together.
 LONGEST = (

@@ -15,11 +15,12 @@ from wandb_api import server
 from clipfix import CONF
 
 SWEEPS = Path(__file__).parents[1] / "sweeps"
-METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+METHODS = sorted(path.stem for path in SWEEPS.glob("*.yaml"))
 
 
-def test_there_is_one_for_each_method():
-    assert sorted(path.stem for path in SWEEPS.iterdir()) == METHODS
+def test_each_is_of_a_method():
+    """A method may have none."""
+    assert {path.stem for path in SWEEPS.iterdir()} <= {path.stem for path in (CONF / "method").glob("*.yaml")}
 
 
 @pytest.mark.parametrize("method", METHODS)
