@@ -27,7 +27,7 @@ def test_code_in_a_pickle_does_not_run(clip_folder: str, tmp_path: Path) -> None
     torch.save({"state_dict": {}, "batches_seen": 1, "extra": Writes(tmp_path / "ran")}, tmp_path / "evil.ckpt")
     with pytest.raises(ValueError, match=r"evil\.ckpt is not a checkpoint"):
         load_repair(Backbone(clip_folder, "random"), str(tmp_path / "evil.ckpt"))
-    with pytest.raises(ValueError, match="holds Python objects"):
+    with pytest.raises(ValueError, match=r"evil\.ckpt .*Python objects"):
         Backbone(clip_folder, str(tmp_path / "evil.ckpt"))
     assert not (tmp_path / "ran").exists()
     torch.load(tmp_path / "evil.ckpt", weights_only=False)

@@ -109,6 +109,7 @@ def test_parallel_jobs_leave_a_folder_each_and_one_table(world, pairs, tmp_path,
     assert {stored(sweep / job).group for job in ("0", "1")} == {f"sweep-{sweep.name}"}
 
 
+@pytest.mark.slow
 def test_optuna_is_told_the_score_of_the_selection_split_and_goes_on_later(world, pairs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     kept = ["hydra.sweeper.storage=sqlite:///trials.db", "hydra.sweeper.study_name=mine"]

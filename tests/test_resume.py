@@ -111,7 +111,11 @@ def validated(run: Path) -> list[int]:
 
 @pytest.mark.parametrize(
     ("number", "accumulate", "batch", "step"),
-    [(signal.SIGTERM, 1, 3, 3), (signal.SIGTERM, 1, 4, 4), (signal.SIGUSR1, 2, 5, 3)],
+    [
+        (signal.SIGTERM, 1, 3, 3),
+        (signal.SIGTERM, 1, 4, 4),
+        pytest.param(signal.SIGUSR1, 2, 5, 3, marks=pytest.mark.slow),
+    ],
 )
 def test_asked_to_end_it_saves_and_goes_on(
     number, accumulate, batch, step, world, whole, tmp_path, monkeypatch, capsys

@@ -263,7 +263,7 @@ def test_the_command(corpus: dict[str, Path], tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["data=shards"], "data=shards has nothing to prepare"),
+        (["data=shards"], "data=shards has no data.prepare"),
         (["data=sharegpt4v"], "no ShareGPT4V shards in data/sharegpt4v: .*data.prepare.records="),
         (["data=sharegpt4v", "data.prepare.records=nowhere.json"], "there is no nowhere.json"),
     ],

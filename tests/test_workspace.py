@@ -92,9 +92,9 @@ def test_what_a_new_method_logs_has_a_section_of_its_own(clipfix, monkeypatch, t
 @pytest.mark.parametrize(
     ("arguments", "installed", "words"),
     [
-        ([], True, "W&B is offline here, and run=workspace saves to it: `wandb login`, or set WANDB_API_KEY."),
+        ([], True, "`wandb login` or set WANDB_API_KEY."),
         ([], False, "pip install 'clipfix[workspace]'"),
-        (["logger=csv"], True, "leave logger=wandb as it is."),
+        (["logger=csv"], True, "set logger=wandb."),
     ],
 )
 def test_what_keeps_it_from_being_saved_is_told_in_one_line(arguments, installed, words, clipfix, monkeypatch):

@@ -8,6 +8,7 @@ from front_door import DATA, QUICK, RUN, UNDRAWN, UNSTAGED, refusal
 from shards import photographs
 
 
+@pytest.mark.slow  # tests/methods/test_diva.py has the same of a step
 def test_diva_learns_the_same_from_stored_latents(clipfix, scenes):
     """Stored in half; the selection split has none, and its own are computed."""
     settings = [scenes, *QUICK, "eval=none", "diffusion.dtype=fp32", "trainer.val_check_interval=2"]
@@ -25,7 +26,7 @@ def test_diva_learns_the_same_from_stored_latents(clipfix, scenes):
         assert losses[1][name] == pytest.approx(expected, rel=1e-3)
     message = refusal(clipfix, "method=diva", *UNSTAGED, *UNDRAWN, *read, *settings, "diffusion.dtype=bf16")
     assert "stored/train-00000.tar has latents of PatchPCA" in message
-    assert "write them by run=annotate annotator=latents" in message
+    assert "run=annotate annotator=latents" in message
     assert "reads no stored latents" in refusal(clipfix, "method=finetune", *read, *settings)
 
 
@@ -33,7 +34,11 @@ def test_diva_learns_the_same_from_stored_latents(clipfix, scenes):
     ("picture", "choices"),
     [
         ("retrieval", ["method=finetune", "eval=standard"]),
-        ("lengths", ["method=longclip", "eval=long", "++data.texts.long={key: caption, pick: one, k: 1}"]),
+        pytest.param(
+            "lengths",
+            ["method=longclip", "eval=long", "++data.texts.long={key: caption, pick: one, k: 1}"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_photographs_packed_by_img2dataset(picture, choices, clipfix, tmp_path, monkeypatch):

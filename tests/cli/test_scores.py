@@ -46,7 +46,7 @@ def test_nothing_is_scored_that_chose_the_checkpoint(clipfix, scenes):
         r"eval\.benchmarks\.pairs would be scored on \S*pairs-test-00000\.tar, .* eval\.selection", message
     )
     message = refusal(clipfix, *settings, "data.train=${eval.benchmarks.zeroshot.shards}")
-    assert re.search(r"eval\.benchmarks\.zeroshot .* in data\.train too", message)
+    assert re.search(r"eval\.benchmarks\.zeroshot .* data\.train", message)
 
 
 def test_same_seed_same_scores_and_sweeps_differ_by_seed(clipfix, scenes, tmp_path):

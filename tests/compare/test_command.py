@@ -71,6 +71,7 @@ def test_without_paths_the_last_two_runs_are_compared(clipfix, tmp_path):
     assert "diva tiny: 2 runs, seeds 0, 1." in page.read_text()
 
 
+@pytest.mark.slow
 def test_pictures_go_to_wandb(tmp_path):
     """In a process of its own: W&B remembers what other tests of this one told it."""
     for seed in (0, 1):

@@ -10,6 +10,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from generators import write_generator
 from small import batch, build
 from torch.utils.data import DataLoader
 
@@ -30,12 +31,9 @@ class Losses(L.Callback):
 @pytest.fixture(scope="module")
 def seeded_generator(tmp_path_factory) -> str:
     """The small generator with the weights that `recipes.json` was made with."""
-    from conftest import generator_folder
-
-    make = getattr(generator_folder, "__wrapped__", None) or generator_folder._get_wrapped_function()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
-        return make(tmp_path_factory)
+        return write_generator(tmp_path_factory.mktemp("generator"))
 
 
 @pytest.mark.parametrize(
