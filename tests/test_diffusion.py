@@ -163,7 +163,7 @@ def test_auto_is_bf16_where_the_device_computes_in_it(able, folder, monkeypatch)
     assert {p.dtype for p in Diffusion(str(folder), dtype="auto").parameters()} == {DTYPES["bf16" if able else "fp32"]}
 
 
-@pytest.mark.parametrize("switch", ["compiled", "checkpointing"])
+@pytest.mark.parametrize("switch", [pytest.param("compiled", marks=pytest.mark.slow), "checkpointing"])
 def test_switches_for_time_and_memory_change_no_value(switch, folder, diffusion, monkeypatch):
     """Traced as in training but run by torch's own kernels: the C++ compiler takes minutes."""
     compile = torch.nn.Module.compile

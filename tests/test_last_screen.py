@@ -158,6 +158,7 @@ def test_the_next_command_compares_two_runs_that_compare_and_else_exports(tmp_pa
     assert report.next_command(third, unchanged) == []
 
 
+@pytest.mark.slow  # a fresh interpreter
 def test_a_first_run_says_no_more_of_wandb_than_how_to_sync(tmp_path):
     """The command in a process of its own, where W&B may speak."""
     environment = {name: value for name, value in os.environ.items() if name != "WANDB_SILENT"}

@@ -18,7 +18,7 @@ from clipfix.__main__ import main
     "settings",
     [
         ["method=finetune", "method.optimizer.lr=0.01"],
-        ["method=finetune", "method.optimizer.lr=0.01", "wise=0.5"],
+        pytest.param(["method=finetune", "method.optimizer.lr=0.01", "wise=0.5"], marks=pytest.mark.slow),
         ["method=diva", *UNSTAGED, *UNDRAWN, "method.optimizer.lr=0.1", "trainable@method.trainable=lora", "wise=0.5"],
     ],
     ids=["finetune", "wise", "lora and wise"],
