@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from measure import GB, Results, in_turn, name_of
 from torch import Tensor
 
-from clipfix.functional.contrastive import LARGEST, contrastive_loss
+from clipfix.functional.contrastive import MAX_SIMILARITIES, contrastive_loss
 from clipfix.training.precision import fp32_products
 
 SCALE = 100.0
@@ -33,9 +33,9 @@ def compare(args: argparse.Namespace) -> None:
     trained = [image.requires_grad_(), text.requires_grad_(), torch.tensor(SCALE, device=device, requires_grad=True)]
 
     def ours(largest: int) -> Callable[[], Tensor]:
-        return lambda: contrastive_loss(image, text, image, text, trained[2], 0, largest=largest)
+        return lambda: contrastive_loss(image, text, image, text, trained[2], 0, max_similarities=largest)
 
-    ways = {"plain": ours(samples**2), "chunked": ours(min(LARGEST, samples**2 // 8))}
+    ways = {"plain": ours(samples**2), "chunked": ours(min(MAX_SIMILARITIES, samples**2 // 8))}
     if device == "cuda" and importlib.util.find_spec("memeff"):
         from memeff import MemoryEfficientCLIPLoss
 

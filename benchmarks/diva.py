@@ -16,16 +16,20 @@ import os
 import resource
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from hydra.utils import instantiate
 from measure import GB, Results, alone, in_turn, matrix_ceiling, method_config, name_of, profile
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -100,7 +104,7 @@ def generator(name: str, device: str) -> Diffusion:
     with torch.device(device):
         unet, vae, text = sd21(small=name == "sd21-small")
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    return Diffusion.of(Parts(unet, vae, text, clip_tokenizer(77), scheduler)).to(device)
+    return Diffusion.from_parts(Parts(unet, vae, text, clip_tokenizer(77), scheduler)).to(device)
 
 
 # -- a step ------------------------------------------------------------------------------------------------------------
@@ -119,7 +123,7 @@ def build(kind: type[DIVA], model: str, diffusion: Diffusion, device: str, check
     if model == "tiny":  # which has fewer patches
         words += ["patches@method.condition.patches=none", "method.condition.null_text=mean"]
     config = method_config("diva", *words)
-    config |= {"_target_": f"{kind.__module__}.{kind.__qualname__}", "diffusion": None}
+    config = OmegaConf.merge(config, {"_target_": f"{kind.__module__}.{kind.__qualname__}", "diffusion": None})
     if checkpointing:
         diffusion.unet.enable_gradient_checkpointing()
     method: DIVA = instantiate(config, backbone=backbone, diffusion=diffusion)
@@ -164,28 +168,50 @@ def precision_of(args: argparse.Namespace) -> torch.dtype:
     return torch.bfloat16 if args.autocast else torch.float32
 
 
+class Switch(NamedTuple):
+    """A change of the step, and how to undo it."""
+
+    name: str
+    on: Callable[[], object]
+    off: Callable[[], object] | None = None
+
+
+def switches_for(args: argparse.Namespace, method: DIVA) -> list[Switch]:
+    """Return the changes that the arguments ask for, in the order of the rows."""
+    unet, attention = method.diffusion.unet, ExitStack()
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+    def compile_all() -> None:
+        method.diffusion.compile_blocks()
+        method.backbone.compile_blocks()
+
+    switches = [Switch("clipfix", lambda: None), Switch("+ stored latents", lambda: None)]
+    if args.bf16:
+        switches.append(Switch("+ generator in bf16", lambda: method.diffusion.to(torch.bfloat16)))
+    if args.device == "cuda":
+        cudnn = sdpa_kernel(order, set_priority=True)
+        switches.append(Switch("+ attention by cuDNN", lambda: attention.enter_context(cudnn), attention.close))
+    if args.compile:
+        switches.append(Switch("+ torch.compile of all blocks", compile_all))
+    layout = {"on": torch.channels_last, "off": torch.contiguous_format}
+    to = {key: partial(unet.to, memory_format=value) for key, value in layout.items()}
+    return [*switches, Switch("+ channels last", to["on"], to["off"])]
+
+
 def compare_steps(args: argparse.Namespace, results: Results) -> None:
-    """Time the plain step, DIVA, and DIVA with one more switch in each row. Plain is repeated after each row."""
+    """Time the plain step, DIVA, and DIVA with one more switch in each row. Plain is repeated after each row.
+
+    A switch that makes the step slower, and can be undone, is off again in the rows below.
+    """
     device, rows = args.device, args.batch
     ceiling = args.ceiling * 1e12 if args.ceiling else matrix_ceiling(device, precision_of(args))
     results.add("matrix ceiling", note=f"{ceiling / 1e12:.1f} TFLOP/s", ceiling=ceiling)
     plain, ours = (build(kind, args.model, generator(args.generator, device), device) for kind in (PlainDIVA, DIVA))
     plain_step = stepper(plain, pictures(plain, rows, stored=False), args.autocast)
-    unet = ours.diffusion.unet
-
-    def nothing() -> None:
-        pass
-
-    switches: dict[str, Callable[[], object]] = {"clipfix": nothing, "+ stored latents": nothing}
-    if args.bf16:
-        switches["+ generator in bf16"] = lambda: ours.diffusion.to(torch.bfloat16)
-    switches["+ channels last"] = lambda: unet.to(memory_format=torch.channels_last)
-    if args.compile:
-        switches["+ torch.compile"] = lambda: (unet.compile(dynamic=False), ours.backbone.compile_blocks())
     expected: Tensor | None = None
-    for name, switch in {"plain": nothing, **switches}.items():
-        if name != "plain":
-            switch()
+    fastest = float("inf")
+    for name, on, off in [Switch("plain", lambda: None), *switches_for(args, ours)]:
+        on()
         method = plain if name == "plain" else ours
         stored = name not in ("plain", "clipfix")
         step = plain_step if name == "plain" else stepper(ours, pictures(ours, rows, stored), args.autocast)
@@ -206,10 +232,13 @@ def compare_steps(args: argparse.Namespace, results: Results) -> None:
         except torch.cuda.OutOfMemoryError:
             wall = {}
         plain.zero_grad()
+        second = median(wall.get(name, [float("inf")]))
+        if off and second > fastest:
+            off()
+        fastest = min(fastest, second)
         if name not in wall:
             results.add(f"{name}, batch {rows}", note="out of memory")
             continue
-        second = median(wall[name])
         results.add(
             f"{name}, batch {rows}",
             images_per_second=rows / second,
@@ -225,12 +254,17 @@ def compare_steps(args: argparse.Namespace, results: Results) -> None:
 
 
 def compare_batches(args: argparse.Namespace, results: Results) -> None:
-    """Time steps of several batch sizes until memory ends, with stored latents and the generator in bf16."""
+    """Time steps of several batch sizes until memory ends, with stored latents, and bf16 and compiled if asked for."""
     device = args.device
     ceiling = args.ceiling * 1e12 if args.ceiling else matrix_ceiling(device, precision_of(args))
     ours = build(DIVA, args.model, generator(args.generator, device), device)
     if args.bf16:
         ours.diffusion.to(torch.bfloat16)
+    if args.compile:
+        ours.diffusion.compile_blocks()
+        ours.backbone.compile_blocks()
+    if args.channels_last:
+        ours.diffusion.unet.to(memory_format=torch.channels_last)
     for rows in args.batches:
         step = stepper(ours, pictures(ours, rows, stored=True), args.autocast)
         try:
@@ -245,7 +279,7 @@ def compare_batches(args: argparse.Namespace, results: Results) -> None:
             break
         second = median(wall["step"])
         results.add(
-            f"latents and bf16 alone, batch {rows}",
+            f"fastest, batch {rows}" if args.compile else f"latents and bf16 alone, batch {rows}",
             images_per_second=rows / second,
             milliseconds=1000 * second,
             mfu=counter.get_total_flops() / second / ceiling,
@@ -343,6 +377,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--compile", action="store_true", help="add a row: torch.compile, which takes minutes at the start"
     )
+    parser.add_argument("--channels-last", action="store_true", help="batches: the U-Net in channels-last layout")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--ceiling", type=float, help="TFLOP/s of the device; measured by a matrix product if not given"

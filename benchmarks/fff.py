@@ -27,14 +27,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from clipfix.functional.positives import Frozen, Thresholds, mine
+from clipfix.functional.positives import ReferenceFeatures, Thresholds, mine
 from clipfix.functional.sigmoid import sigmoid_loss
 from clipfix.training.precision import fp32_products
 
 BARS = Thresholds(image_text=0.27, supported=0.24, image_image=0.92, text_text=0.99)  # values of the paper
 
 
-def features(samples: int, captions: int, dim: int, device: str) -> tuple[Frozen, tuple[Tensor, ...]]:
+def features(samples: int, captions: int, dim: int, device: str) -> tuple[ReferenceFeatures, tuple[Tensor, ...]]:
     """Return features of the reference, and the trained tensors: image, text, scale, bias.
 
     In each group of four samples, the first two have nearly the same picture, and the last two have the same caption
@@ -55,7 +55,7 @@ def features(samples: int, captions: int, dim: int, device: str) -> tuple[Frozen
     text[:, 0].mul_(0.96).add_(image.view(-1, 2, 2, 1, dim)[:, 0], alpha=0.27)
     text[:, 1].mul_(0.96).add_(shared[:, 1, :, None], alpha=0.3)
     text = text.div_(text.norm(dim=-1, keepdim=True)).flatten(0, 2)
-    known = Frozen(image, text, text.mean(dim=1))
+    known = ReferenceFeatures(image, text, text.mean(dim=1))
     trained = []
     for reference in (image, text):
         moved = unit(*reference.shape[:-1]).mul_(0.3).add_(reference)
@@ -64,15 +64,15 @@ def features(samples: int, captions: int, dim: int, device: str) -> tuple[Frozen
     return known, (*trained, scale, bias)
 
 
-def mined_dense(known: Frozen) -> Tensor:
+def mined_dense(known: ReferenceFeatures) -> Tensor:
     """Return the mined positives as a full matrix [N, N, k]."""
     pair = torch.einsum("id,jkd->ijk", known.image, known.text)
-    alike = (known.image @ known.image.T > BARS.image_image) | (known.gist @ known.gist.T > BARS.text_text)
+    alike = (known.image @ known.image.T > BARS.image_image) | (known.mean_text @ known.mean_text.T > BARS.text_text)
     own = torch.eye(len(pair), dtype=torch.bool, device=pair.device)
     return own[..., None] | (pair > BARS.image_text) | ((pair > BARS.supported) & alike[..., None])
 
 
-def dense(known: Frozen, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+def dense(known: ReferenceFeatures, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """Return the loss of the full matrix, in the most direct form."""
     with torch.no_grad():
         sign = torch.where(mined_dense(known), -1.0, 1.0).flatten(1)
@@ -80,7 +80,9 @@ def dense(known: Frozen, image: Tensor, text: Tensor, scale: Tensor, bias: Tenso
     return F.softplus(sign * logits).sum()
 
 
-def tiled(tile: int, counts: Counter[str], known: Frozen, image: Tensor, text: Tensor, *affine: Tensor) -> Tensor:
+def tiled(
+    tile: int, counts: Counter[str], known: ReferenceFeatures, image: Tensor, text: Tensor, *affine: Tensor
+) -> Tensor:
     """Return the loss in tiles as FFF computes it, counts included."""
 
     def positives(part: slice) -> Tensor:
@@ -95,14 +97,14 @@ def tiled(tile: int, counts: Counter[str], known: Frozen, image: Tensor, text: T
     return sigmoid_loss(image, text, *affine, positives, tile)
 
 
-def tiled_own(tile: int, known: Frozen, image: Tensor, text: Tensor, *affine: Tensor) -> Tensor:
+def tiled_own(tile: int, known: ReferenceFeatures, image: Tensor, text: Tensor, *affine: Tensor) -> Tensor:
     """Return the loss in tiles with only the captions of the same sample as positives."""
     rows = torch.arange(len(image), device=image.device)
     own = lambda part: (rows[:, None] == rows[part])[..., None].expand(-1, -1, text.shape[1])  # noqa: E731
     return sigmoid_loss(image, text, *affine, own, tile)
 
 
-def fused_own(known: Frozen, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+def fused_own(known: ReferenceFeatures, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """Return the same loss by siglip-kernel.
 
     It divides the positives of a row by their number, which is one if captions are the rows.
@@ -127,7 +129,7 @@ def measure(kind: str, samples: int, captions: int, dim: int, tile: int, repeats
         "tiled": partial(tiled, tile, counts),
     }
 
-    def step(known: Frozen, trained: tuple[Tensor, ...]) -> Tensor:
+    def step(known: ReferenceFeatures, trained: tuple[Tensor, ...]) -> Tensor:
         loss = losses[kind](known, *trained)
         loss.backward()
         loss.item()  # waits for the device

@@ -49,10 +49,10 @@ PARTS = {
         75,
     ),
     "diva": Part(
-        "benchmarks/diva.py batches step --model ViT-L-14 --generator sd21-base --batch 32 --batches 16 64 "
+        "benchmarks/diva.py step batches --model ViT-L-14 --generator sd21-base --batch 32 --batches 64 16 "
         "--autocast --bf16 --compile --repeats 3",
-        "benchmarks/diva.py batches step --batch 2 --batches 2 --repeats 1",
-        240,
+        "benchmarks/diva.py step batches --batch 2 --batches 2 --repeats 1",
+        270,
     ),
     "fff": Part(
         "benchmarks/fff.py device --samples 32768 --tiles 256 1024 --repeats 3",

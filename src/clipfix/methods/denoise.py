@@ -31,7 +31,7 @@ class Denoise(Method):
         diffusion: the model to train.
         fit_autoencoder: fit the model's `PatchPCA` autoencoder to the first batch.
         text_dropout: fraction of the texts that are replaced by the empty text.
-        compiled: compile the U-Net with torch.compile.
+        compiled: compile the blocks of the U-Net with torch.compile.
         check_timesteps: timesteps at which validation compares texts.
 
     Source: latent diffusion, arXiv 2112.10752, equation 3. Text dropout, for guidance: arXiv 2207.12598, section 3.2.
@@ -62,7 +62,7 @@ class Denoise(Method):
         diffusion.unet.requires_grad_(True)
         diffusion.text_encoder.requires_grad_(True)
         if compiled:
-            diffusion.unet.compile(dynamic=False)
+            diffusion.compile_blocks()
 
     def trained_names(self) -> set[str]:
         """Add a fitted autoencoder to the trained weights, although it has no gradient."""
@@ -84,9 +84,6 @@ class Denoise(Method):
         with sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext():
             return {"denoising": self.error(latents, noise, timesteps, self.diffusion.encode_text(prompts))}
 
-    @torch.compiler.set_stance(
-        "force_eager"
-    )  # compiling again for passes without gradients takes longer than the passes
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self.seed_draws(batch_idx)
         latents = self.diffusion.encode(batch["image"])

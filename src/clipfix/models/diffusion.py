@@ -16,6 +16,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from jaxtyping import Float, Int
@@ -52,7 +54,7 @@ class Diffusion(nn.Module):
         path: a folder in the layout of diffusers, or the name of a repository on the hub.
         revision: branch, tag or commit on the hub.
         dtype: dtype of the weights; `auto` is bf16 if the device supports it. Outputs are fp32.
-        compiled: compile the U-Net with torch.compile, for passes that need a gradient.
+        compiled: compile the blocks of the U-Net with torch.compile, for passes with gradients (`compile_blocks`).
         checkpointing: gradient checkpointing in the U-Net. Neither of the two changes values beyond rounding.
 
     Raises:
@@ -102,7 +104,7 @@ class Diffusion(nn.Module):
             ) from error
         self._set_parts(parts)
         if compiled:
-            self.unet.compile(dynamic=False)
+            self.compile_blocks()
         if checkpointing:
             self.unet.enable_gradient_checkpointing()
 
@@ -114,7 +116,22 @@ class Diffusion(nn.Module):
         model._set_parts(parts)
         return model
 
+    def compile_blocks(self) -> None:
+        """Compile the residual and attention blocks of the U-Net with torch.compile, for passes with gradients.
+
+        Blocks of one shape share one graph: 21 graphs for Stable Diffusion. Compiling the whole U-Net as one graph
+        takes longer and gives no faster step (benchmarks/RESULTS.md).
+        """
+        import torch._dynamo.config as limits  # takes seconds
+
+        limits.recompile_limit = max(limits.recompile_limit, 64)  # of one forward method; the default is 8 graphs
+        self.compiled = True
+        for block in self.unet.modules():
+            if isinstance(block, ResnetBlock2D | Transformer2DModel):
+                block.compile(dynamic=False)
+
     def _set_parts(self, parts: "Parts") -> None:
+        self.compiled = False
         self.unet, self.vae, self.text_encoder, self.tokenizer, self.scheduler = parts
         self.requires_grad_(False).eval()
         self.prediction_type: str = self.scheduler.config.prediction_type
@@ -202,14 +219,15 @@ class Diffusion(nn.Module):
             condition: what the U-Net attends to; any number of tokens.
         """
         dtype = self.unet.dtype
-        unet = self.unet if torch.is_grad_enabled() else self.unet.forward  # not compiled
         # On a CPU, the backward pass of fused attention in bf16 is slower than that of the plain one. Checkpointing
         # recomputes activations outside of this context, so it cannot use it.
         plain = dtype == torch.bfloat16 and noisy.device.type == "cpu" and not self.unet.is_gradient_checkpointing
         # Weights in half precision need no autocast, which would cast to fp32 and back around each norm.
         casts = nullcontext() if dtype == torch.float32 else torch.autocast(noisy.device.type, enabled=False)
-        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext(), casts:
-            return unet(noisy.to(dtype), timesteps, encoder_hidden_states=condition.to(dtype)).sample.float()
+        eager = self.compiled and not torch.is_grad_enabled()  # each new batch size would be compiled again
+        stance = torch.compiler.set_stance("force_eager") if eager else nullcontext()
+        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext(), casts, stance:
+            return self.unet(noisy.to(dtype), timesteps, encoder_hidden_states=condition.to(dtype)).sample.float()
 
     @torch.no_grad()
     def sample(

@@ -43,9 +43,8 @@ class Samples(L.Callback):
         assert isinstance(pl_module, Denoise)
         texts = join_captions(batch)[: self.count]
         noise = torch.Generator().manual_seed(0)
-        with torch.compiler.set_stance("force_eager"):  # a batch of another size would be compiled again
-            condition, null = pl_module.diffusion.condition(texts), pl_module.diffusion.condition([""])[0]
-            generated = pl_module.diffusion.sample(condition, null, self.steps, self.guidance, noise)
+        condition, null = pl_module.diffusion.condition(texts), pl_module.diffusion.condition([""])[0]
+        generated = pl_module.diffusion.sample(condition, null, self.steps, self.guidance, noise)
         cells = []
         for text, picture, image in zip(texts, batch["image"], generated, strict=False):
             cells.append(Cell(to_pil_image(picture), "validation image", [(text, None)]))
