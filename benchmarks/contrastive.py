@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from measure import GB, Results, in_turn, name_of
+from measure import GB, Results, above, in_turn, name_of
 from torch import Tensor
 
 from clipfix.functional.contrastive import MAX_SIMILARITIES, contrastive_loss
@@ -74,7 +74,7 @@ def compare(args: argparse.Namespace) -> None:
                 label,
                 milliseconds=1000 * second,
                 speedup=plain / second,
-                peak_gb=None if peak[name] is None else peak[name] - held,
+                peak_gb=above(peak[name], held),
                 note=f"loss and gradients {far:.0e} off",
             )
     results.show()

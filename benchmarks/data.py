@@ -32,9 +32,10 @@ from clipfix.data.decoding import cropped, in_unit_range
 from clipfix.data.module import ShardData
 from clipfix.data.needs import Needs
 from clipfix.data.shards import read_shard
+from clipfix.data.texts import TextSettings
 from clipfix.system.files import add_sample
 
-CAPTION = {"caption": {"key": "txt", "pick": "one"}}
+CAPTION: dict[str, TextSettings | None] = {"caption": {"key": "txt", "pick": "one"}}
 BYTES = "clipfix, shards to batches of bytes, as loader processes give them"
 FLOATS = "clipfix, the same, and batches to [0, 1] on this core"
 
@@ -109,12 +110,12 @@ def speed(count: int, size: int, repeats: int) -> None:
         shards(Path(folder), files, per_shard=count // 4)
         batches = loader(folder, size, workers=0)
 
-        def stream(*_: object) -> None:
-            for _ in range(count // 64):
+        def stream(files: list[bytes], size: int) -> None:
+            for _ in range(len(files) // 64):
                 next(batches)
 
-        def stream_of_floats(*_: object) -> None:
-            for _ in range(count // 64):
+        def stream_of_floats(files: list[bytes], size: int) -> None:
+            for _ in range(len(files) // 64):
                 in_unit_range(next(batches)["image"])
 
         ways: dict[str, Callable[[list[bytes], int], None]] = {
@@ -126,7 +127,7 @@ def speed(count: int, size: int, repeats: int) -> None:
             "torchvision, decode, resize, crop": plain_torchvision,
         }
         seconds: dict[str, list[float]] = {name: [] for name in ways}
-        stream()
+        stream(files, size)
         for _ in range(repeats):  # in turn, so that other load on the machine affects all
             for name, way in ways.items():
                 start = time.process_time()
@@ -202,7 +203,7 @@ def urls(count: int) -> None:
         for number in range(count):
             (many / f"{number:06d}.tar").symlink_to(real)
         last = f"{count - 1:06d}"
-        cases = {
+        cases: dict[str, str | list[str]] = {
             "folder": str(many),
             "brace range of paths": f"{many}/{{000000..{last}}}.tar",
             "brace range of https": f"https://host/{{000000..{last}}}.tar",
@@ -238,7 +239,8 @@ def to_device(args: argparse.Namespace) -> None:
         smaller.append(buffer.getvalue())
     with tempfile.TemporaryDirectory() as folder:
         large, small = Path(folder, "large"), Path(folder, "small")
-        large.mkdir(), small.mkdir()
+        large.mkdir()
+        small.mkdir()
         per_shard = args.count // max(args.workers)
         shards(large, files, per_shard)
         shards(small, [smaller[number % len(smaller)] for number in range(args.count)], per_shard)

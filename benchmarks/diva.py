@@ -25,7 +25,6 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from hydra.utils import instantiate
 from measure import GB, Results, alone, in_turn, matrix_ceiling, method_config, name_of, profile
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -40,6 +39,7 @@ from clipfix.methods.diva import DIVA
 from clipfix.models.attention import SelfAttention
 from clipfix.models.clip import Backbone
 from clipfix.models.diffusion import Diffusion, Parts, clip_tokenizer
+from clipfix.parts.condition import VisualTokens
 
 GENERATORS = ("tiny", "sd21-small", "sd21-base")
 
@@ -50,6 +50,7 @@ class PlainDIVA(DIVA):
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         images, diffusion, losses = batch["image"], self.diffusion, []
         rows, draws = len(images), self.timesteps.draws
+        assert isinstance(self.condition, VisualTokens)
         with torch.autocast(images.device.type, enabled=False):
             latents = diffusion.encode(images)
         null = diffusion.condition([""] * rows)
@@ -122,15 +123,15 @@ def build(kind: type[DIVA], model: str, diffusion: Diffusion, device: str, check
     words = ["method.optimizer.lr=0"]
     if model == "tiny":  # which has fewer patches
         words += ["patches@method.condition.patches=none", "method.condition.null_text=mean"]
-    config = method_config("diva", *words)
-    config = OmegaConf.merge(config, {"_target_": f"{kind.__module__}.{kind.__qualname__}", "diffusion": None})
+    target = f"{kind.__module__}.{kind.__qualname__}"
+    config = method_config("diva", *words, _target_=target, diffusion=None)
     if checkpointing:
         diffusion.unet.enable_gradient_checkpointing()
     method: DIVA = instantiate(config, backbone=backbone, diffusion=diffusion)
     if kind is PlainDIVA:
         for module in method.modules():
             if type(module) is SelfAttention:
-                module.__class__ = nn.MultiheadAttention
+                module.__class__ = nn.MultiheadAttention  # type: ignore[assignment]
     return method.to(device)
 
 
@@ -194,8 +195,15 @@ def switches_for(args: argparse.Namespace, method: DIVA) -> list[Switch]:
     if args.compile:
         switches.append(Switch("+ torch.compile of all blocks", compile_all))
     layout = {"on": torch.channels_last, "off": torch.contiguous_format}
-    to = {key: partial(unet.to, memory_format=value) for key, value in layout.items()}
-    return [*switches, Switch("+ channels last", to["on"], to["off"])]
+
+    def lay_out(memory_format: torch.memory_format) -> None:
+        unet.to(memory_format=memory_format)
+        torch.compiler.reset()  # compiled graphs do not check the layout of weights
+
+    to = {key: partial(lay_out, value) for key, value in layout.items()}
+    if args.channels_last:
+        switches.append(Switch("+ channels last", to["on"], to["off"]))
+    return switches
 
 
 def compare_steps(args: argparse.Namespace, results: Results) -> None:
@@ -263,8 +271,6 @@ def compare_batches(args: argparse.Namespace, results: Results) -> None:
     if args.compile:
         ours.diffusion.compile_blocks()
         ours.backbone.compile_blocks()
-    if args.channels_last:
-        ours.diffusion.unet.to(memory_format=torch.channels_last)
     for rows in args.batches:
         step = stepper(ours, pictures(ours, rows, stored=True), args.autocast)
         try:
@@ -364,7 +370,8 @@ def compare_memory(args: argparse.Namespace) -> None:
     Console().print(table)
 
 
-if __name__ == "__main__":
+def main(words: list[str] | None = None) -> None:
+    """Run the benchmarks that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verbs", nargs="+", choices=["step", "batches", "split", "memory"])
     parser.add_argument("--model", default="tiny", help="tiny, or an open_clip architecture such as ViT-L-14")
@@ -377,14 +384,14 @@ if __name__ == "__main__":
     parser.add_argument(
         "--compile", action="store_true", help="add a row: torch.compile, which takes minutes at the start"
     )
-    parser.add_argument("--channels-last", action="store_true", help="batches: the U-Net in channels-last layout")
+    parser.add_argument("--channels-last", action="store_true", help="add a row: the U-Net in channels-last layout")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--ceiling", type=float, help="TFLOP/s of the device; measured by a matrix product if not given"
     )
     parser.add_argument("--profile", action="store_true", help="print the kernels of each row by their time")
     parser.add_argument("--json", help="file for the rows")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     results = Results(f"DIVA, {args.model} and {args.generator}, {name_of(args.device)}", args.json)
     for verb in args.verbs:
         if verb in ("split", "memory"):
@@ -395,3 +402,7 @@ if __name__ == "__main__":
             torch.cuda.empty_cache()
     if results.rows:
         results.show()
+
+
+if __name__ == "__main__":
+    main()

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import GB, Results, alone, in_turn, name_of
+from measure import GB, Results, above, alone, in_turn, name_of
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -81,7 +81,7 @@ def dense(known: ReferenceFeatures, image: Tensor, text: Tensor, scale: Tensor, 
 
 
 def tiled(
-    tile: int, counts: Counter[str], known: ReferenceFeatures, image: Tensor, text: Tensor, *affine: Tensor
+    tile: int, counts: Counter[str], known: ReferenceFeatures, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor
 ) -> Tensor:
     """Return the loss in tiles as FFF computes it, counts included."""
 
@@ -94,14 +94,14 @@ def tiled(
             ).count_nonzero()  # a tensor: .item() would wait for the GPU in each tile
         return found.any()
 
-    return sigmoid_loss(image, text, *affine, positives, tile)
+    return sigmoid_loss(image, text, scale, bias, positives, tile)
 
 
-def tiled_own(tile: int, known: ReferenceFeatures, image: Tensor, text: Tensor, *affine: Tensor) -> Tensor:
+def tiled_own(tile: int, known: ReferenceFeatures, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """Return the loss in tiles with only the captions of the same sample as positives."""
     rows = torch.arange(len(image), device=image.device)
     own = lambda part: (rows[:, None] == rows[part])[..., None].expand(-1, -1, text.shape[1])  # noqa: E731
-    return sigmoid_loss(image, text, *affine, own, tile)
+    return sigmoid_loss(image, text, scale, bias, own, tile)
 
 
 def fused_own(known: ReferenceFeatures, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ def measure(kind: str, samples: int, captions: int, dim: int, tile: int, repeats
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if device == "cuda":
         after = torch.cuda.max_memory_allocated()
-    torch.save([loss.detach().cpu(), *(tensor.grad.cpu() for tensor in trained)], path)
+    torch.save([loss.detach().cpu(), *(tensor.grad.cpu() for tensor in trained if tensor.grad is not None)], path)
     positives = {name: float(count) / samples for name, count in counts.items()}
     return {"gb": (after - before) / GB, "seconds": min(seconds), "positives": positives}
 
@@ -177,7 +177,7 @@ def compare(
     table = Table(title=f"{ours} against {plain}, {captions} captions, dim {dim}, fp32, {device}; {plain} / ours")
     for column in f"N,tile,{plain} GB,ours GB,ratio,{plain} s,ours s,ratio,loss,gradients".split(","):
         table.add_column(column, justify="right")
-    console, positives = Console(width=140), {}
+    console, positives = Console(width=140), dict[str, float]()
     with tempfile.TemporaryDirectory() as folder:
         one, other = (str(Path(folder) / name) for name in (plain, ours))
         for samples in sizes:
@@ -239,7 +239,7 @@ def on_device(args: argparse.Namespace) -> None:
                 torch.cuda.empty_cache()
                 results.add(label, note="out of memory")
                 continue
-            values = [loss, *(tensor.grad for tensor in trained)]
+            values = [loss, *(tensor.grad for tensor in trained if tensor.grad is not None)]
             kind = name.partition(",")[0]
             others = expected.setdefault(kind, [value.clone() for value in values])
             far = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(values, others, strict=True))
@@ -249,7 +249,7 @@ def on_device(args: argparse.Namespace) -> None:
                 label,
                 milliseconds=1000 * wall[name],
                 speedup=wall[first] / wall[name] if first in wall else None,
-                peak_gb=None if peak[name] is None else peak[name] - held,
+                peak_gb=above(peak[name], held),
                 note=f"loss and gradients {far:.0e} from those of the first way" if far else "",
             )
     results.show()

@@ -49,10 +49,10 @@ PARTS = {
         75,
     ),
     "diva": Part(
-        "benchmarks/diva.py step batches --model ViT-L-14 --generator sd21-base --batch 32 --batches 64 16 "
+        "benchmarks/diva.py step batches --model ViT-L-14 --generator sd21-base --batch 32 --batches 64 "
         "--autocast --bf16 --compile --repeats 3",
         "benchmarks/diva.py step batches --batch 2 --batches 2 --repeats 1",
-        270,
+        240,
     ),
     "fff": Part(
         "benchmarks/fff.py device --samples 32768 --tiles 256 1024 --repeats 3",
@@ -135,6 +135,7 @@ def main(args: argparse.Namespace) -> None:
         results["parts"][name] = run(name, PARTS[name], folder, args.small, ["--profile"] if args.profile else [])
         results["seconds"] = round(time.perf_counter() - begun, 1)
         (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    sys.path.insert(0, str(HERE.parent / "src"))
     from measure import table
     from rich.console import Console
 

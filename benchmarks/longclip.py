@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from hydra.utils import instantiate
 from measure import GB, Results, alone, in_turn, matrix_ceiling, method_config, name_of, profile
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -58,14 +57,12 @@ def build(kind: type[LongCLIP], model: str, device: str, compiled: bool = False,
     with torch.device(device):
         backbone = Backbone(name, None if model == "tiny" else "random", compiled=compiled)
     torch.nn.init.normal_(backbone.text.get_parameter("token_embedding.weight"), std=0.02)  # words differ
-    config = OmegaConf.merge(
-        method_config("longclip"), {"_target_": f"{kind.__module__}.{kind.__qualname__}", **settings}
-    )
+    config = method_config("longclip", _target_=f"{kind.__module__}.{kind.__qualname__}", **settings)
     method: LongCLIP = instantiate(config, backbone=backbone)
     if kind is PlainLongCLIP:
         for module in method.modules():
             if type(module) is SelfAttention:
-                module.__class__ = nn.MultiheadAttention
+                module.__class__ = nn.MultiheadAttention  # type: ignore[assignment]
     return method.to(device)
 
 

@@ -28,11 +28,13 @@ COLUMNS = {  # key of a row: heading and format
 }
 
 
-def method_config(name: str, *words: str) -> DictConfig:
-    """Return the config of a method, as a run with a pretrained backbone composes it."""
+def method_config(name: str, *words: str, **changes: Any) -> DictConfig:
+    """Return the config of a method, as a run with a pretrained backbone composes it, with some keys changed."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         node = compose("config", [f"method={name}", "backbone=vit-b32", "data.train=none", *words]).method
-    return OmegaConf.create(OmegaConf.to_container(node, resolve=False))
+    values = OmegaConf.to_container(node, resolve=False)
+    assert isinstance(values, dict)
+    return OmegaConf.create({**values, **changes})
 
 
 class Results:
@@ -125,6 +127,11 @@ def in_turn(
             if device == "cuda":
                 peak[name] = torch.cuda.max_memory_allocated() / GB
     return {name: times for name, times in seconds.items() if times and name not in failed}, peak
+
+
+def above(peak: float | None, held: float) -> float | None:
+    """Return what a peak of GPU memory adds to what was held before; None on a CPU, where no peak is known."""
+    return None if peak is None else peak - held
 
 
 def profile(name: str, step: Callable[[], object], device: str) -> None:

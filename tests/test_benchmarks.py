@@ -60,7 +60,6 @@ def test_the_limits_of_all_parts_are_about_eight_minutes():
     assert sum(part.seconds for part in gpu.PARTS.values()) < 10 * 60  # the usual sum is 7.5: RESULTS.md
 
 
-@pytest.mark.slow
 def test_parts_that_need_little_run_small(tmp_path):
     found = run(tmp_path, "--parts", "fff", "contrastive")
     assert {name: part["ended"] for name, part in found["parts"].items()} == {"fff": "done", "contrastive": "done"}
@@ -75,6 +74,14 @@ def test_a_part_that_fails_or_takes_too_long_leaves_the_others(tmp_path):
     slow = gpu.Part("-c __import__('time').sleep(99)", "", 1)
     assert gpu.run("tests", wrong, tmp_path, small=False, more=[])["ended"] == "failed with 1"
     assert gpu.run("tests", slow, tmp_path, small=False, more=[])["ended"] == "stopped after 1 s"
+
+
+def test_rows_of_diva_add_switches(capsys):
+    words = ["step", "--batch", "2", "--repeats", "1", "--device", "cpu"]
+    diva.main(words)
+    names = [line.partition("'name': '")[2].partition("'")[0] for line in capsys.readouterr().out.splitlines()]
+    rows = ["plain", "clipfix", "+ stored latents"]
+    assert [name for name in names if name.endswith("batch 2")] == [f"{row}, batch 2" for row in rows]
 
 
 @pytest.mark.slow

@@ -119,8 +119,8 @@ class Diffusion(nn.Module):
     def compile_blocks(self) -> None:
         """Compile the residual and attention blocks of the U-Net with torch.compile, for passes with gradients.
 
-        Blocks of one shape share one graph: 21 graphs for Stable Diffusion. Compiling the whole U-Net as one graph
-        takes longer and gives no faster step (benchmarks/RESULTS.md).
+        Blocks of one shape share one graph: 21 graphs for Stable Diffusion. They compile in less time than the whole
+        U-Net as one graph (benchmarks/RESULTS.md).
         """
         import torch._dynamo.config as limits  # takes seconds
 
