@@ -17,6 +17,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
 from scipy.stats import norm
 from small import CONF, batch, build
 
@@ -31,6 +32,7 @@ from clipfix.parts.feedback import Contrastive, shifted_condition
 from clipfix.parts.timesteps import LogitNormal, Uniform
 from clipfix.parts.trainable import LastBlocks, LoRA
 from clipfix.results.pictures.diva import Watch
+from clipfix.training.callbacks import SaveTensors
 from clipfix.training.ranks import Ranks
 from clipfix.training.schedules import Cosine, Steps
 
@@ -190,7 +192,7 @@ def test_null_text_rules():
     [
         (lambda: VisualTokens(RandomPatches(7), "average", 1, 0, None), "method.condition.null_text", "average"),
         (lambda: VisualTokens(RandomPatches(7), "mean", 0, 0, None), "method.condition.tokens", "0"),
-        (lambda: CaptionSpace(1, 0, None), "method.condition.steps", "0"),
+        (lambda: CaptionSpace(1, 0, None, None), "method.condition.steps", "0"),
         (lambda: Uniform(2, [500, 1001]).bounds(1000), "method.timesteps.range", r"\[500, 1001\]"),
         (lambda: LogitNormal(2, [500, 500], 0.0, 1.0).bounds(1000), "method.timesteps.range", r"\[500, 500\]"),
         (lambda: Uniform(0, None), "method.timesteps.draws", "0"),
@@ -438,6 +440,39 @@ def test_named_part_of_the_tower_trains_and_all_of_it_is_reached(part, blocks, b
     tower = {name for name, _ in method.named_parameters() if ".visual." in name and belongs(name)}
     assert method.trained_names() == tower | {"condition.projection.weight", "condition.projection.bias"}
     assert gradients(method, batch(3)).keys() == method.trained_names()
+
+
+def test_pretrained_projection_replaces_the_first_phase(make, tmp_path):
+    """A run of the first phase alone writes its projection; the next run starts from it, and keeps it to the bit."""
+    first = make(CAPTIONS, condition={"steps": 2}, steps=2)
+    saves = SaveTensors("condition.projection.", str(tmp_path / "new" / "projection.safetensors"))
+    fit(first, tmp_path / "first", 2, callbacks=[saves])
+    for weights in (tmp_path / "new" / "projection.safetensors", tmp_path / "first" / "last.ckpt"):
+        second = make(CAPTIONS, condition={"steps": 0, "weights": str(weights)})
+        assert "captions" not in second.needs.texts
+        assert not any(name.startswith("condition.") for name in second.trained_names())
+        fit(second, tmp_path / "second", 2)
+        for name, weight in first.condition.projection.state_dict().items():
+            assert torch.equal(second.condition.projection.state_dict()[name], weight), name
+
+
+@pytest.mark.parametrize(
+    ("tensors", "reason"),
+    [
+        (None, "no such file"),
+        ({"other": torch.zeros(2)}, "shapes none"),
+        (
+            {"condition.projection.weight": torch.zeros(12, 9), "condition.projection.bias": torch.zeros(12)},
+            r"\(12, 9\)",
+        ),
+    ],
+)
+def test_projection_that_does_not_fit_is_refused(tensors, reason, make, tmp_path):
+    path = tmp_path / "projection.safetensors"
+    if tensors is not None:
+        save_file(tensors, path)
+    with pytest.raises(InstantiationException, match=rf"method\.condition\.weights is {path}.*{reason}"):
+        make(CAPTIONS, condition={"steps": 0, "weights": str(path)})
 
 
 @pytest.mark.parametrize("part", ["tower", "norms"])

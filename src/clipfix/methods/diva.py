@@ -76,7 +76,8 @@ class DIVA(Method):
             )
         # The order of the next lines must not change: it is the order in which random weights are drawn.
         condition.attach(backbone, diffusion, self.ranks)
-        condition.projection.requires_grad_(feedback is not None)
+        if feedback is None:
+            condition.requires_grad_(False)
         self.condition = condition
         backbone.requires_grad_(False)
         if anchor is not None:

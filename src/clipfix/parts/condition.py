@@ -1,6 +1,7 @@
 """Conditions of a diffusion model: visual tokens of CLIP, projected to its cross-attention space."""
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,9 +11,12 @@ from torch import Tensor, nn
 
 from clipfix.functional.patches import PatchRule, condition_from_tokens
 from clipfix.models.clip import Backbone
+from clipfix.models.convert import read
 from clipfix.models.diffusion import Diffusion
 from clipfix.training.phases import Phase
 from clipfix.training.ranks import Ranks
+
+PREFIX = "condition.projection."  # of its weights in checkpoints
 
 
 class Condition(nn.Module, ABC):
@@ -106,17 +110,43 @@ class CaptionSpace(Condition):
     tower should encode, so the gradient of the diffusion model moves image features along directions that captions
     have. Captions have no patches.
 
+    Args:
+        weights: a pretrained projection: the checkpoint of a run, or its tensors as a .safetensors file. `steps` may
+            then be 0. None: random weights.
+
     Source: ours.
     """
 
-    texts = ("captions",)
-
-    def __init__(self, tokens: int, steps: int, lr: float | None) -> None:
+    def __init__(self, tokens: int, steps: int, lr: float | None, weights: str | None) -> None:
         super().__init__(tokens, steps, lr)
-        if steps < 1:
+        if steps < 1 and weights is None:
             raise ValueError(
-                f"method.condition.steps is {steps}: the projection learns from captions first, so set it to 1 or more."
+                f"method.condition.steps is {steps}: the projection learns from captions first, so set it to 1 or "
+                "more, or set method.condition.weights to a pretrained projection."
             )
+        self.weights = weights
+        self.texts = ("captions",) if steps else ()
+
+    def attach(self, backbone: Backbone, diffusion: Diffusion, ranks: Ranks) -> None:
+        super().attach(backbone, diffusion, ranks)
+        if self.weights is not None:
+            self._load(self.weights)
+        self.projection.requires_grad_(self.steps > 0)
+
+    def _load(self, path: str) -> None:
+        key = f"method.condition.weights is {path}"
+        if not Path(path).is_file():
+            raise ValueError(f"{key}: there is no such file.")
+        state = read(Path(path))
+        own = {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name.startswith(PREFIX)}
+        shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+        expected = {name: tuple(tensor.shape) for name, tensor in self.projection.state_dict().items()}
+        if shapes != expected:
+            raise ValueError(
+                f"{key}, which holds a projection of shapes {shapes or 'none'}, and this backbone, generator and "
+                f"method.condition.tokens need {expected}: give the projection of a run with the same three."
+            )
+        self.projection.load_state_dict(own)
 
     def forward(self, pooled: Float[Tensor, "b d"], patches: Float[Tensor, "b n d"]) -> Float[Tensor, "b m c"]:
         return self.of_features(pooled)

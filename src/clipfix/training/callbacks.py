@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Column
+from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from clipfix.models.clip import Backbone
@@ -190,6 +191,25 @@ class SaveFolder(L.Callback):
         assert isinstance(pl_module.backbone, Backbone)
         if trainer.is_global_zero:
             pl_module.backbone.save(self.folder)
+
+
+class SaveTensors(L.Callback):
+    """Writes a part of the method to a .safetensors file when training ends.
+
+    Args:
+        prefix: the tensors whose names in a checkpoint begin with it are written.
+        path: the file. An existing file is replaced.
+    """
+
+    def __init__(self, prefix: str, path: str) -> None:
+        self.prefix, self.path = prefix, path
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        state = pl_module.state_dict()
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items() if name.startswith(self.prefix)}
+        if trainer.is_global_zero:
+            Path(self.path).parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, self.path)
 
 
 def peak_memory_gb() -> float:
