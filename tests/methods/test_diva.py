@@ -22,11 +22,13 @@ from scipy.stats import norm
 from small import CONF, batch, build
 
 import clipfix.__main__  # noqa: F401  the resolvers that the configs use
+from clipfix import PACKAGE
 from clipfix.functional.anchors import feature_drift, similarity_drift
 from clipfix.functional.denoising import contrastive_denoising_loss, logit_normal_timesteps
 from clipfix.functional.patches import AveragePatches, RandomPatches, ShareOfPatches, condition_from_tokens
 from clipfix.functional.views import random_crops
 from clipfix.methods.diva import DIVA
+from clipfix.models.clip import Backbone
 from clipfix.parts.condition import CaptionSpace, VisualTokens
 from clipfix.parts.feedback import Contrastive, shifted_condition
 from clipfix.parts.timesteps import LogitNormal, Uniform
@@ -754,3 +756,15 @@ def test_each_of_the_references_models_has_its_experiment(backbone):
 def test_experiments_are_these_and_the_tiny_one():
     found = {path.stem.removeprefix("diva-") for path in (CONF / "experiment").glob("diva-*.yaml")}
     assert found == {*TOKENS, "reference-tiny"}
+
+
+def test_shipped_projection_is_the_one_of_the_default_run():
+    """It fits the tiny CLIP and the tiny generator, and its file is in the package."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("config").method
+    assert config.condition.weights.endswith("tiny/projection.safetensors")
+    assert config.condition.steps == 0
+    method = instantiate(config, backbone=Backbone(str(PACKAGE / "tiny" / "clip")))
+    assert not any(name.startswith("condition.") for name in method.trained_names())
+    fresh = torch.nn.Linear(128, 512)
+    assert method.condition.projection.weight.norm() > 2 * fresh.weight.norm()
