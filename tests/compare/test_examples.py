@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -24,11 +23,10 @@ def urban1k(tmp_path) -> dict:
     return {"_target_": "clipfix.data.sets.urban1k.Urban1k", "root": str(root), "fetch": "Fetch it.", "samples": 1000}
 
 
-def examples(folder: Path, shards: Any, remote: bool = False, allow_pipe: bool = False) -> tuple[list[Case], list[str]]:
-    allowed = {"remote": remote, "allow_pipe": allow_pipe}
-    asked = {"shards": shards, "allow_pipe": True, "text": {"key": "captions", "pick": "one"}, "recall_at": [1, 5]}
+def examples(folder: Path, shards: dict) -> tuple[list[Case], list[str]]:
+    asked = {"shards": shards, "text": {"key": "captions", "pick": "one"}, "recall_at": [1, 5]}
     path = run(folder, benchmarks=SETTINGS | {"retrieval_long": asked})
-    return changed(group([read(path)]), 4, **allowed)
+    return changed(group([read(path)]), 4)
 
 
 def test_pictures_and_captions_are_those_of_the_set(urban1k, tmp_path):
@@ -49,29 +47,3 @@ def test_a_set_that_is_gone_is_one_line_and_other_code_is_not_run(urban1k, tmp_p
         cases, (line,) = examples(tmp_path / target, {"_target_": target, "args": ["false"]})
         assert cases == []
         assert f"{target} is not a data set of clipfix.data.sets" in line
-
-
-@pytest.mark.parametrize("url", ["pipe:touch {marker}", "{{pipe:touch {marker},pipe:true}}"])
-def test_result_file_runs_no_command(url, tmp_path, urban1k):
-    """Whatever the file itself says of pipes, only the settings of this run allow them."""
-    marker = tmp_path / "ran"
-    cases, told = examples(tmp_path / "run", url.format(marker=marker))
-    assert not cases
-    assert "compare.allow_pipe=true" in told[0]
-    assert not marker.exists()
-    examples(tmp_path / "again", f"pipe:touch {marker}", allow_pipe=True)
-    assert marker.exists()
-
-
-@pytest.mark.parametrize("url", ["http://127.0.0.1:9/{0..9}.tar", "{s3://bucket/0.tar,x.tar}", "s3://bucket/0.tar"])
-def test_result_file_fetches_nothing(url, tmp_path, monkeypatch):
-    monkeypatch.setattr("clipfix.data.shards.open_shard", lambda *_: pytest.fail("opened"))
-    cases, told = examples(tmp_path / "run", url)
-    assert not cases
-    assert "compare.remote=true" in told[0] or "cannot be read" in told[0]
-
-
-def test_result_file_names_no_other_class(urban1k, tmp_path):
-    cases, told = examples(tmp_path / "run", urban1k | {"_target_": "os.system"})
-    assert not cases
-    assert "os.system is not a data set" in told[0]

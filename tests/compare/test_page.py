@@ -61,9 +61,7 @@ def folder(tmp_path_factory) -> Path:
     told = {"benchmark": "pairs", "metric": "mean", "method": "diva", "backbone": "tiny", "by": "<DIVA>"}
     told |= {"before": None, "after": 25.9, "source": "2407.20171", "verified": True}
     results = [str(root / "diva*"), str(root / "off*")]
-    pictures = compare(
-        out, 0, [told], results, "pairs/mean", "zeroshot", 100, 0.95, examples=4, remote=False, allow_pipe=False
-    )
+    pictures = compare(out, 0, [told], results, "pairs/mean", "zeroshot", 100, 0.95, examples=4)
     assert [path.stem for path in pictures] == ["radar", "forgetting", "lengths", "examples"]
     return out
 

@@ -1,9 +1,6 @@
 """Every published benchmark, on its own layout in miniature and with planted answers."""
 
-import io
 import json
-import pickle
-import tarfile
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,31 +125,6 @@ def test_several_classes_a_picture(tmp_path):
     uneven = torch.eye(PICTURES)
     uneven[:, NOTHING] += torch.arange(PICTURES) / 100  # no two pictures score the same
     assert score(planted(truth, sign=-1, images=uneven)) == pytest.approx(100 * sum(last) / shown)
-
-
-def test_members_that_would_be_unpickled_are_not_read(tmp_path):
-    """webdataset decodes `pkl`, `pickle` and `pyd` members by unpickling them."""
-    truth = layouts.vtab(tmp_path)
-    tar = next(tmp_path.glob("wds_vtab-*/test/0.tar"))
-    mark, attack = tmp_path / "ran", pickle.dumps(Attack(str(tmp_path / "ran")))
-    with tarfile.open(tar, "a") as archive:
-        for kind in ("pkl", "pickle", "pyd"):
-            member = tarfile.TarInfo(f"s{6:07d}.{kind}")  # beside the last picture
-            member.size = len(attack)
-            archive.addfile(member, io.BytesIO(attack))
-    (ask,) = there(benchmarks(tmp_path, "vtab")).values()
-    assert max(ask(planted(truth)).values()) == pytest.approx(100)
-    assert not mark.exists()
-    pickle.loads(attack)
-    assert mark.exists(), "the pickle is harmless, so nothing was tested"
-
-
-class Attack:
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return open, (self.path, "w")
 
 
 def test_patterns_are_named_as_the_radar_names_them():

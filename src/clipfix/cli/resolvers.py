@@ -13,6 +13,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from clipfix import CONF, PACKAGE
 from clipfix.cli.sweeps import search_space
@@ -59,8 +60,8 @@ def newest_same_run(runs: Path, config: Mapping[str, Any]) -> Path | None:
     wanted = same_run(config)
     started = sorted(runs.glob("*/config.yaml"), reverse=True)
     for file in started:
-        with suppress(ValueError):  # a run that was killed while writing it
-            stored: Any = identity.stored(file.read_text(), str(file))
+        with suppress(YAMLError):  # a run that was killed while writing it
+            stored: Any = identity.stored(file.read_text())
             if wanted and wanted == same_run(stored):
                 return file.parent
     if wanted and started:

@@ -20,7 +20,6 @@ from clipfix.cli.resolvers import quiet_wandb, wandb_mode
 from clipfix.cli.run import Run, shareable
 from clipfix.cli.sweeps import check_one_process, is_optuna_trial
 from clipfix.results import identity
-from clipfix.system.foreign import check_classes
 
 # -- fit ---------------------------------------------------------------------------------------------------------------
 
@@ -128,7 +127,7 @@ def score(run: Run) -> None:
 
     if cfg.data.get("prepare") and cfg.data.prepare.root in str(identity.asked(cfg)):  # a benchmark reads these shards
         instantiate(cfg.data.prepare)()
-    model, trained, step = load_model(backbone, cfg.checkpoint, cfg)
+    model, trained, step = load_model(backbone, cfg.checkpoint)
     fabric = Fabric(**{key: cfg.trainer[key] for key in ("accelerator", "devices", "num_nodes") if key in cfg.trainer})
     check_one_process(fabric.strategy)
     fabric.launch()
@@ -141,34 +140,15 @@ def score(run: Run) -> None:
     fabric.barrier()  # a rank that finishes removes the run folder if it is empty
 
 
-def load_model(backbone: Any, checkpoint: str | None, own: Any) -> tuple[Any, Any, int | None]:
+def load_model(backbone: Any, checkpoint: str | None) -> tuple[Any, Any, int | None]:
     """Return the model to score, the config of its training and its training step; the latter two None if untrained."""
     from clipfix.training.checkpoints import load_repair, read_checkpoint
 
     if not checkpoint:
         return backbone, None, None
-    trained = stored_config(read_checkpoint(checkpoint), checkpoint, own)
+    trained: Any = identity.stored(read_checkpoint(checkpoint).get("config_yaml"))
     model = wrap(backbone, trained.method) if trained else backbone
     return model, trained, load_repair(model, checkpoint).get("global_step")
-
-
-def stored_config(saved: Mapping[str, Any], checkpoint: str, own: Any) -> Any:
-    """Return the config in a checkpoint, None if it has none. It is data: it cannot choose which code runs.
-
-    Args:
-        saved: the checkpoint.
-        checkpoint: its path, for error messages.
-        own: the config of this run; classes that it names are known.
-
-    Raises:
-        ValueError: if the config names code that is neither clipfix's nor named by this run, or has interpolations.
-    """
-    trained: Any = identity.stored(saved.get("config_yaml"), checkpoint)
-    if trained is not None:
-        values: Any = OmegaConf.to_container(trained)
-        used = {key: values.get(key) for key in ("method", "backbone")}
-        check_classes(used, checkpoint, OmegaConf.to_container(own))
-    return trained
 
 
 def wrap(backbone: Any, method_config: Any) -> Any:
@@ -282,7 +262,7 @@ def export(run: Run) -> None:
     settings = export_settings(cfg.export)
     exporting.check(**settings)
     saved = read_checkpoint(cfg.checkpoint) if cfg.checkpoint else {}
-    trained = stored_config(saved, cfg.checkpoint, cfg)
+    trained = identity.stored(saved.get("config_yaml"))
     backbone_config = cfg.backbone if trained is None or overrides_group(run, "backbone") else trained.backbone
     run.seed_and_check()
     backbone = instantiate(backbone_config)

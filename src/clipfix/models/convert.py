@@ -26,8 +26,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from clipfix.models.torchscript import read_torchscript
-
 State = dict[str, Tensor]
 
 # Three integers in OpenAI's archives beside the weights, by which such a file is recognized.
@@ -90,8 +88,8 @@ TIMM_BLOCK = {
 def read(path: Path) -> State:
     """Return the weights in a file, or in all parts of a file in parts, without running code from it.
 
-    Wrappers of training code (`state_dict`, `module.`) are removed. Of TorchScript archives, such as OpenAI's, only the
-    tensors are read.
+    Wrappers of training code (`state_dict`, `module.`) are removed. OpenAI's TorchScript archives are an exception:
+    only `torch.jit.load` opens them, which builds the archived program. Only its tensors are used.
 
     Raises:
         ValueError: if the file is damaged or has Python objects other than tensors.
@@ -101,13 +99,7 @@ def read(path: Path) -> State:
         pattern = re.sub(r"-\d{5}-of-", "-*-of-", path.name)
         return {name: weight for part in sorted(path.parent.glob(pattern)) for name, weight in load_file(part).items()}
     if is_zipfile(path) and any("/code/" in member for member in ZipFile(path).namelist()):
-        try:
-            return read_torchscript(path)
-        except (UnpicklingError, ValueError, KeyError, TypeError, RuntimeError, EOFError) as error:
-            raise ValueError(
-                f"{path} is a TorchScript archive of which more than tensors would be read ({error}). If you trust it, "
-                "write its weights to another file: torch.save(torch.jit.load(path).state_dict(), 'weights.pt')"
-            ) from error
+        return torch.jit.load(path, map_location="cpu").state_dict()
     try:
         # With mmap, only tensors that are used are read from the disk, and not DIVA's generator, for example.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))

