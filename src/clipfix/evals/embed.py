@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from clipfix.data.decoding import samples
+from clipfix.data.decoding import FORMATS, samples
 from clipfix.data.sets import Source
 from clipfix.functional.patches import take_patches
 from clipfix.models.base import Model, Patches
@@ -39,7 +39,7 @@ def load_rgb(image: Image.Image | Path) -> Image.Image:
     if isinstance(image, Image.Image):
         return image.convert("RGB")
     try:
-        with Image.open(image) as opened:
+        with Image.open(image, formats=FORMATS) as opened:
             return opened.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"The image {image} cannot be read ({error}): download its data set again.") from error
