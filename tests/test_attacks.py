@@ -1,13 +1,24 @@
 """Files from outside that carry code, commands or markup. Each attack would create a file; none may."""
 
-import json
+import io
+import pickle
 from pathlib import Path
 
+import layouts
+import numpy as np
 import pytest
 import torch
+from front_door import refusal
+from PIL import Image
+from runs import SETTINGS, run
 from torch import Tensor, nn
 
+from clipfix.data.sets.named import Named
+from clipfix.data.shards import expand, read_shard
+from clipfix.evals.embed import load_rgb
 from clipfix.models import convert
+from clipfix.results.compare.examples import changed
+from clipfix.results.compare.results import group, read
 
 
 class RunsWhenLoaded(nn.Module):
@@ -57,3 +68,104 @@ def test_the_tensors_of_a_torchscript_archive_are_those_of_torch(tmp_path: Path)
         file.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"weights\.pt"):
             convert.read(file)
+
+
+# -- result files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shards", "place"),
+    [
+        ("pipe:touch ran", "commands"),
+        (["pipe:touch ran"], "commands"),
+        ("{pipe:touch ran,pipe:touch ran2}", "commands"),
+        ("http://127.0.0.1:9/test.tar", "urls"),
+        ("memory://bucket/test.tar", "urls"),
+    ],
+)
+def test_what_a_result_file_names_is_opened_only_if_this_run_says_so(shards, place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def opened(url: str, *_: object) -> None:
+        (tmp_path / "ran").touch()
+        raise OSError("opened")
+
+    monkeypatch.setattr("clipfix.data.shards.open_shard", opened)
+    asked = {"shards": shards, "text": {"key": "long", "pick": "one"}, "recall_at": [1, 5], "allow_pipe": True}
+    groups = group([read(run(tmp_path / "run", benchmarks=SETTINGS | {"retrieval_long": asked}))])
+    cases, (line,) = changed(groups, 4)
+    assert cases == []
+    assert f"compare.examples_from={place}" in line
+    assert "\n" not in line
+    assert not (tmp_path / "ran").exists()
+    changed(groups, 4, "commands")
+    assert (tmp_path / "ran").exists(), "the file is harmless, so nothing was tested"
+
+
+def test_a_command_of_a_result_file_does_not_run_at_the_front_door(clipfix):
+    asked = {"shards": "pipe:touch ran", "text": {"key": "long", "pick": "one"}, "recall_at": [1, 5], "allow_pipe": True}
+    run(Path("run"), benchmarks=SETTINGS | {"retrieval_long": asked})
+    words = ["run=compare", "run", "logger=csv", "compare.resamples=50"]
+    _, printed = clipfix(*words)
+    assert "No examples" in printed
+    assert not Path("ran").exists()
+    assert "choose from files, urls, commands" in refusal(clipfix, *words, "compare.examples_from=anything")
+    clipfix(*words, "compare.examples_from=commands")
+    assert Path("ran").exists(), "the file is harmless, so nothing was tested"
+
+
+@pytest.mark.parametrize("name", ["flickr30k", "tfds/x", "objectnet", "wds"])
+def test_only_readers_that_run_nothing_read_a_set(name, tmp_path):
+    """Other builders of clip_benchmark pass the folder's name to a shell."""
+    with pytest.raises(ValueError, match=r"choose from cifar10, cifar100, wds/<name>"):
+        Named(root=str(tmp_path), fetch="", samples=None, name=name, present="test")
+
+
+# -- published sets ----------------------------------------------------------------------------------------------------
+
+
+class Touch:
+    """An object whose unpickling creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("suffix", ["pkl", "pickle", "pyd", "pth", "npy", "npz"])
+def test_a_published_set_is_not_unpickled(suffix, tmp_path):
+    layouts.vtab(tmp_path)
+    code = pickle.dumps(Touch(tmp_path / "ran"))
+    if suffix == "npy":  # numpy's own format around a pickle
+        np.save(buffer := io.BytesIO(), np.array([Touch(tmp_path / "ran")], dtype=object), allow_pickle=True)
+        code = buffer.getvalue()
+    picture = layouts.encoded(Image.new("RGB", (8, 8)))
+    label = {} if suffix == "npy" else {"cls": "3"}
+    layouts.pack(tmp_path / "wds_vtab-pets" / "test" / "0.tar", {"s0": {"png": picture, suffix: code, **label}})
+    (tmp_path / "wds_vtab-pets" / "test" / "nshards.txt").write_text("1\n")
+    pets = Named(str(tmp_path / "wds_vtab-pets"), "Fetch it.", None, name="wds/pets", present="test")
+    if label:
+        (sample,) = pets
+        assert sample["json"] == {"label": 3}
+    else:
+        with pytest.raises(ValueError, match=r"s0 in .*0\.tar is broken"):
+            list(pets)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_postscript_in_a_published_set_is_not_opened(tmp_path):
+    """Pillow would start Ghostscript for it."""
+    (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")
+    with pytest.raises(ValueError, match=r"a\.jpg cannot be read"):
+        load_rgb(tmp_path / "a.jpg")
+
+
+def test_a_file_named_like_a_command_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    layouts.pack(tmp_path / "pipe:touch ran; echo .tar", {"s0": {"txt": b"a cat"}})
+    for source in (".", "*.tar"):
+        (shard,) = expand(source)
+        assert [sample["txt"] for sample in read_shard(shard)] == [b"a cat"]
+    assert not (tmp_path / "ran").exists()

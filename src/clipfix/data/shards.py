@@ -67,7 +67,7 @@ def _resolve(url: str, allow_pipe: bool) -> list[str]:
         return [str(path)]
     if not (shards := sorted(glob.glob(pattern, recursive=True))):
         raise ValueError(f"no shard matches {pattern!r} (working folder {Path.cwd()}): correct the path, or write one")
-    return shards
+    return [f"./{shard}" if urlsplit(shard).scheme else shard for shard in shards]  # a file may be named `pipe:...`
 
 
 class _StrictMember(tarfile.TarInfo):

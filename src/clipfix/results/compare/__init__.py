@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from clipfix.results.compare.results import check_comparable, find, group, read
+from clipfix.results.compare.results import PLACES, check_comparable, find, group, read
 from clipfix.results.compare.rows import legend, rows, summary, summary_table, table
 from clipfix.results.screen import as_text, relative_path
 
@@ -27,6 +27,7 @@ def compare(
     resamples: int,
     coverage: float,
     examples: int,
+    examples_from: str = "files",
 ) -> list[Path]:
     """Print a table of the main metrics, write scores.txt, figures and report.html, and return the figures' paths.
 
@@ -40,10 +41,13 @@ def compare(
         resamples: Number of bootstrap samples.
         coverage: Coverage of the intervals, from 0 to 1.
         examples: Number of images whose rank changed most.
+        examples_from: What these are read from: `files`, also `urls`, or also `commands`.
 
     Raises:
         ValueError: A file is missing or no result file, or the files cannot be compared.
     """
+    if examples_from not in PLACES:
+        raise ValueError(f"compare.examples_from is {examples_from!r}: choose from {', '.join(PLACES)}.")
     runs = [read(path) for path in find(results)]
     notes = check_comparable(runs)
     groups = group(runs)
@@ -71,7 +75,7 @@ def compare(
         "forgetting": figures.forgetting(groups, gain, kept),
         "lengths": figures.lengths(groups),
     }
-    cases, reasons = changed(groups, examples)
+    cases, reasons = changed(groups, examples, examples_from)
     if cases:
         drawn["examples"] = picture(cases)
     for reason in reasons:
