@@ -8,15 +8,20 @@ import layouts
 import numpy as np
 import pytest
 import torch
+import yaml
 from front_door import refusal
+from omegaconf import OmegaConf
 from PIL import Image
 from runs import SETTINGS, run
 from torch import Tensor, nn
 
+from clipfix.cli import resolvers
+from clipfix.cli.stored import stored_config
 from clipfix.data.sets.named import Named
 from clipfix.data.shards import expand, read_shard
 from clipfix.evals.embed import load_rgb
 from clipfix.models import convert
+from clipfix.models.clip import Backbone
 from clipfix.results.compare.examples import changed
 from clipfix.results.compare.results import group, read
 
@@ -169,3 +174,104 @@ def test_a_file_named_like_a_command_is_a_file(tmp_path, monkeypatch):
         (shard,) = expand(source)
         assert [sample["txt"] for sample in read_shard(shard)] == [b"a cat"]
     assert not (tmp_path / "ran").exists()
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+TINY = Path(convert.__file__).parents[1] / "tiny" / "clip"
+HONEST = {
+    "seed": 0,
+    "wise": None,
+    "data": {"train": "train.tar"},
+    "method": {"_target_": "clipfix.methods.finetune.Finetune", "steps": 1},
+    "backbone": {"_target_": "clipfix.models.clip.Backbone", "name": str(TINY), "pretrained": None},
+}
+TOUCH = {"_target_": "os.system", "command": "touch ran", "_args_": ["touch ran"]}
+ATTACKS = {
+    "a callable as the backbone": ({"backbone": TOUCH}, "os.system"),
+    "a callable as the method": ({"method": TOUCH}, "os.system"),
+    "deep in the method": ({"method": HONEST["method"] | {"parts": [{"deep": TOUCH}]}}, "os.system"),
+    "deep in the backbone": ({"backbone": HONEST["backbone"] | {"pretrained": TOUCH}}, "os.system"),
+    "a library behind a module of ours": (
+        {"backbone": {"_target_": "clipfix.results.provenance.subprocess.run", "args": ["touch", "ran"]}},
+        "subprocess.run",
+    ),
+    "a function of ours": ({"backbone": {"_target_": "clipfix.models.convert.read", "path": "x"}}, "convert.read"),
+    "a class that another defines": ({"backbone": {"_target_": "clipfix.models.convert.Path"}}, "convert.Path"),
+    "a class of ours that is no backbone": (
+        {"backbone": {"_target_": "clipfix.models.diffusion.Diffusion"}},
+        "is no Backbone",
+    ),
+    "by a getter of hydra": (
+        {"backbone": {"_target_": "hydra.utils.get_method", "path": "os.system"}},
+        "hydra.utils.get_method",
+    ),
+    "by the getter that this run's benchmarks use": (
+        {"backbone": {"_target_": "hydra.utils.get_object", "path": "os.system"}},
+        "hydra.utils.get_object",
+    ),
+    "an environment variable": (
+        {"backbone": HONEST["backbone"] | {"name": "${oc.env:HOME}"}},
+        "interpolation ${oc.env:HOME}",
+    ),
+    "a list": ([1, 2], "not a config"),
+    "no method": ({"method": None}, "no group method"),
+    "a number as a name": ({"backbone": HONEST["backbone"] | {"name": 5}}, "backbone.name is 5"),
+}
+
+
+def checkpoint(config: str) -> str:
+    state = {f"backbone.{name}": w for name, w in Backbone(str(TINY)).state_dict().items() if name.endswith("proj")}
+    torch.save({"state_dict": state, "config_yaml": config, "batches_seen": 1, "global_step": 1}, "it.ckpt")
+    return "checkpoint=it.ckpt"
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_config_in_a_checkpoint_builds_a_model_and_nothing_else(attack, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    change, told = ATTACKS[attack]
+    config = OmegaConf.create(HONEST | change if isinstance(change, dict) else change)
+    with pytest.raises(ValueError, match=r"^it\.ckpt: its stored config is refused: ") as error:
+        stored_config({"config_yaml": OmegaConf.to_yaml(config)}, "it.ckpt", OmegaConf.create(HONEST))
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not Path("ran").exists()
+
+
+def test_a_callable_in_a_checkpoint_is_refused_at_the_front_door(clipfix):
+    words = checkpoint(OmegaConf.to_yaml(OmegaConf.create(HONEST | {"backbone": TOUCH, "method": TOUCH})))
+    for verb in (["run=export", "to=open_clip", "output=out"], ["run=eval", "eval=none", "trainer=cpu", "logger=csv"]):
+        message = refusal(clipfix, *verb, words)
+        assert "it.ckpt: its stored config is refused: method names os.system" in message
+        assert message.count("\n") == 1  # before the hint on HYDRA_FULL_ERROR
+    assert not Path("ran").exists()
+    assert not Path("out").exists()
+
+
+def test_a_method_of_ones_own_is_known_if_this_run_names_it():
+    toy = HONEST["method"] | {"_target_": "toys.pairs.Pairs"}
+    saved = {"config_yaml": OmegaConf.to_yaml(OmegaConf.create(HONEST | {"method": toy}))}
+    with pytest.raises(ValueError, match=r"choose it on the command line: method="):
+        stored_config(saved, "it.ckpt", OmegaConf.create(HONEST))
+    assert stored_config(saved, "it.ckpt", OmegaConf.create(HONEST | {"method": toy})).method == toy
+
+
+def test_a_tag_of_python_in_a_stored_config_is_refused(clipfix):
+    message = refusal(clipfix, "run=export", checkpoint("!!python/object/apply:os.system ['touch ran']"), "output=out")
+    assert "it is not a config" in message
+    assert not Path("ran").exists()
+
+
+def test_an_honest_config_in_a_checkpoint_builds_its_model(clipfix):
+    clipfix("run=export", checkpoint(OmegaConf.to_yaml(OmegaConf.create(HONEST))), "to=open_clip", "output=out")
+    assert Path("out/open_clip/README.md").is_file()
+
+
+def test_a_run_folder_from_outside_is_not_resolved(tmp_path, monkeypatch):
+    """resume=auto reads the configs of earlier runs."""
+    monkeypatch.setenv("SEED_OF_OTHERS", "0")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "config.yaml").write_text(yaml.safe_dump(HONEST | {"seed": "${oc.decode:${oc.env:SEED_OF_OTHERS}}"}))
+    assert resolvers.newest_same_run(tmp_path, HONEST) is None
+    (tmp_path / "a" / "config.yaml").write_text(yaml.safe_dump(HONEST))
+    assert resolvers.newest_same_run(tmp_path, HONEST) == tmp_path / "a"

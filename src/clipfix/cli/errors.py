@@ -61,6 +61,8 @@ def explain(error: BaseException) -> str:
     cause = error.__cause__
     if "Original Traceback" in str(error):
         return loader_worker_message(error)
+    if type(error) is ValueError:  # our own, whatever it was raised from
+        return str(error)
     if isinstance(cause, ValueError):
         return constructor_message(cause)
     if isinstance(cause, ConfigAttributeError) and cause.parent_node is not None:
