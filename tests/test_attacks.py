@@ -1,6 +1,7 @@
 """Files from outside that carry code, commands or markup. Each attack would create a file; none may."""
 
 import io
+import json
 import pickle
 from pathlib import Path
 
@@ -15,15 +16,20 @@ from PIL import Image
 from runs import SETTINGS, run
 from torch import Tensor, nn
 
-from clipfix.cli import resolvers
+from clipfix.cli import errors, resolvers
 from clipfix.cli.stored import stored_config
 from clipfix.data.sets.named import Named
 from clipfix.data.shards import expand, read_shard
+from clipfix.evals import plots
 from clipfix.evals.embed import load_rgb
+from clipfix.evals.plots import gallery
 from clipfix.models import convert
 from clipfix.models.clip import Backbone
+from clipfix.models.pretrained import load_tokenizer
 from clipfix.results.compare.examples import changed
 from clipfix.results.compare.results import group, read
+from clipfix.system import secrets
+from clipfix.system.terminal import visible
 
 
 class RunsWhenLoaded(nn.Module):
@@ -275,3 +281,65 @@ def test_a_run_folder_from_outside_is_not_resolved(tmp_path, monkeypatch):
     assert resolvers.newest_same_run(tmp_path, HONEST) is None
     (tmp_path / "a" / "config.yaml").write_text(yaml.safe_dump(HONEST))
     assert resolvers.newest_same_run(tmp_path, HONEST) == tmp_path / "a"
+
+
+# -- text in places that read markup -----------------------------------------------------------------------------------
+
+HOSTILE = "[/bold]<script>alert(1)</script>\x1b]0;title\x07 $\\frac{1$ \u202egnp"
+
+
+def test_names_in_a_result_file_are_text_on_the_screen_in_the_page_and_in_figures(clipfix):
+    for seed, folder in enumerate(("one", "two")):
+        path = run(Path(folder), seed=seed, method=HOSTILE, control=HOSTILE, versions={HOSTILE: HOSTILE})
+        path.write_text(path.read_text().replace("eval/zeroshot/shape", f"eval/zeroshot/{json.dumps(HOSTILE)[1:-1]}"))
+        (Path(folder) / "outcomes.npz").unlink()
+    _, printed = clipfix("run=compare", "one", "two", "logger=csv", "compare.resamples=50")
+    (page,) = Path().glob("outputs/compare/*/report.html")
+    assert "[/bold]<script>" in printed
+    assert "<script>" not in page.read_text()
+    assert "&lt;script&gt;" in page.read_text()
+    for text in (printed, page.read_text(), (page.parent / "scores.txt").read_text()):
+        assert not {"\x1b", "\x07", "\u202e"} & set(text)
+        assert "\\x1b]0;title" in text
+    assert (page.parent / "forgetting.png").is_file()  # the legend has the names
+
+
+def test_captions_are_no_formulas():
+    image = Image.new("RGB", (8, 8))
+    gallery([plots.Cell(image, HOSTILE, [(HOSTILE, None)])], across=1).savefig(io.BytesIO())
+
+
+def test_control_characters_do_not_reach_the_log_or_an_error(monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    record = secrets.Record("x", 20, "x.py", 1, "%s is broken", (HOSTILE,), None)
+    assert not {"\x1b", "\x07", "\u202e"} & set(record.getMessage())
+    with pytest.raises(SystemExit) as exit_, errors.in_one_line():
+        raise ValueError(HOSTILE)
+    assert not {"\x1b", "\x07", "\u202e"} & set(str(exit_.value.code))
+    assert visible("tab\tand\nline, ä 漢字") == "tab\tand\nline, ä 漢字"
+
+
+# -- folders of transformers -------------------------------------------------------------------------------------------
+
+
+def code_in(folder: Path, **described: object) -> Path:
+    """Write a folder whose code creates a file when it is imported."""
+    folder.mkdir()
+    (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    auto = {"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", None], "AutoModel": "evil.Evil"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": auto} | described))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Evil", "auto_map": auto}))
+    return folder
+
+
+def test_code_in_a_folder_of_transformers_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    folder = code_in(tmp_path / "evil")
+    with pytest.raises(ValueError, match=r"backbone\.name=.*no code of a folder is run") as error:
+        Backbone(str(folder))
+    assert "\n" not in str(error.value)
+    for options in ({}, {"trust_remote_code": True}):
+        with pytest.raises(ValueError, match=r"No code of a folder is run") as error:
+            load_tokenizer("evil", folder, {"hf_tokenizer_name": "x", "tokenizer_kwargs": options}, 77)
+        assert "\n" not in str(error.value)
+    assert not (folder / "ran").exists()

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, OmegaConfBaseException
 
 from clipfix.system import secrets
+from clipfix.system.terminal import visible
 
 USER_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
 CHUNK = 64  # the suggested value of a key that bounds memory and is null
@@ -36,7 +37,7 @@ def in_one_line() -> Iterator[None]:
         assert error is not None
         if verbose:
             raise error from error.__cause__
-        message = secrets.hidden(one_line(explain(error)))
+        message = visible(secrets.hidden(one_line(explain(error))))
         sys.exit(f"clipfix: {message}\n(HYDRA_FULL_ERROR=1 shows where this was raised)")
 
 
