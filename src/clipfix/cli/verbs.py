@@ -273,7 +273,10 @@ def export(run: Run) -> None:
     repair = identity.repair(trained) | {"step": saved.get("global_step")}
     trained_on = trained.data.train if trained else None
     facts = about(backbone, backbone_config.pretrained, repair, trained_on, cfg.checkpoint, licences)
-    facts["licence"] = cfg.export.licence or facts["licence"]
+    card: Any = OmegaConf.to_container(cfg.export)
+    for key in ("licence", "base_model", "datasets"):
+        facts[key] = card[key] or facts[key]
+    facts["language"] = card["language"]
     for written in exporting.export(backbone, **settings, about=facts):
         print(f"Wrote {written}")
 
