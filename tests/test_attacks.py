@@ -114,7 +114,12 @@ def test_what_a_result_file_names_is_opened_only_if_this_run_says_so(shards, pla
 
 
 def test_a_command_of_a_result_file_does_not_run_at_the_front_door(clipfix):
-    asked = {"shards": "pipe:touch ran", "text": {"key": "long", "pick": "one"}, "recall_at": [1, 5], "allow_pipe": True}
+    asked = {
+        "shards": "pipe:touch ran",
+        "text": {"key": "long", "pick": "one"},
+        "recall_at": [1, 5],
+        "allow_pipe": True,
+    }
     run(Path("run"), benchmarks=SETTINGS | {"retrieval_long": asked})
     words = ["run=compare", "run", "logger=csv", "compare.resamples=50"]
     _, printed = clipfix(*words)
@@ -277,7 +282,9 @@ def test_a_run_folder_from_outside_is_not_resolved(tmp_path, monkeypatch):
     """resume=auto reads the configs of earlier runs."""
     monkeypatch.setenv("SEED_OF_OTHERS", "0")
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "config.yaml").write_text(yaml.safe_dump(HONEST | {"seed": "${oc.decode:${oc.env:SEED_OF_OTHERS}}"}))
+    (tmp_path / "a" / "config.yaml").write_text(
+        yaml.safe_dump(HONEST | {"seed": "${oc.decode:${oc.env:SEED_OF_OTHERS}}"})
+    )
     assert resolvers.newest_same_run(tmp_path, HONEST) is None
     (tmp_path / "a" / "config.yaml").write_text(yaml.safe_dump(HONEST))
     assert resolvers.newest_same_run(tmp_path, HONEST) == tmp_path / "a"

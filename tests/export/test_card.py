@@ -48,7 +48,9 @@ def test_the_hub_reads_the_card(target):
 
 
 def test_what_is_not_known_is_left_out():
-    data = ModelCard(readme("timm", {**ABOUT, "base_model": None, "licence": None, "datasets": [], "scores": None})).data
+    data = ModelCard(
+        readme("timm", {**ABOUT, "base_model": None, "licence": None, "datasets": [], "scores": None})
+    ).data
     assert (data.base_model, data.datasets, data.eval_results) == (None, None, None)
     assert "base_model_relation" not in data.to_dict()
     assert (data.license, data.license_name) == ("other", "unknown")

@@ -12,7 +12,12 @@ from safetensors.torch import save_file
 
 OLDER = {
     "4.57.6": ("transformers==4.57.6", "tokenizers==0.22.2", "huggingface_hub==0.36.2"),
-    "5.0.0": ("transformers==5.0.0", "tokenizers==0.22.2", "huggingface_hub==1.3.4", "sentencepiece"),  # 5.0 needs the last for SigLIP
+    "5.0.0": (
+        "transformers==5.0.0",
+        "tokenizers==0.22.2",
+        "huggingface_hub==1.3.4",
+        "sentencepiece",
+    ),  # 5.0 needs the last for SigLIP
 }
 SCRIPT = """
 import sys, torch, transformers
@@ -61,7 +66,9 @@ def older(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """An older transformers laid over this environment; installing it takes a package index and some seconds."""
     folder = tmp_path_factory.mktemp("older")
     where = ["--quiet", "--no-deps", "--python", sys.executable, "--target", str(folder)]
-    installed = subprocess.run([sys.executable, "-m", "uv", "pip", "install", *where, *OLDER[request.param]], check=False)
+    installed = subprocess.run(
+        [sys.executable, "-m", "uv", "pip", "install", *where, *OLDER[request.param]], check=False
+    )
     if installed.returncode:
         pytest.skip(f"transformers {request.param} cannot be installed: no package index")
     return request.param, folder

@@ -2,6 +2,8 @@
 
 import difflib
 import os
+import re
+import shlex
 import sys
 import traceback
 from collections.abc import Iterator
@@ -62,6 +64,8 @@ def explain(error: BaseException) -> str:
     cause = error.__cause__
     if "Original Traceback" in str(error):
         return loader_worker_message(error)
+    if quoted := quoting_hint(error):
+        return quoted
     if type(error) is ValueError:  # our own, whatever it was raised from
         return str(error)
     if isinstance(cause, ValueError):
@@ -71,6 +75,24 @@ def explain(error: BaseException) -> str:
     if cause is not None and "Error in call to target" in str(error):
         return call_message(error, cause)
     return config_message(error)
+
+
+def quoting_hint(error: BaseException) -> str:
+    """Return how to quote a value with `=`, commas, brackets or other letters; "" for other errors.
+
+    Hydra's own message shows quotes that the shell removes.
+    """
+    override = getattr(error, "override", None)
+    if ambiguous := re.match(r"Ambiguous value for argument '(.*)'\n", str(error)):
+        override = ambiguous[1]
+    if not isinstance(override, str) or "=" not in override:
+        return ""
+    key, _, value = override.partition("=")
+    quoted = shlex.quote(f'{key}="{value}"' if '"' not in value else f"{key}={value}")
+    return (
+        f"{override} cannot be read as a setting. A value with =, commas, brackets or letters such as ä needs double "
+        f"quotes inside of single ones: {quoted} (a list is {key}=[a,b]; several runs are -m {key}=a,b)."
+    )
 
 
 def loader_worker_message(error: BaseException) -> str:

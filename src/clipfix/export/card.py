@@ -126,7 +126,12 @@ def readme(target: str, about: Mapping[str, Any]) -> str:
         "precision": about["dtype"],
         "SHA-256 of the weights": about["weights"],
     }
-    lines += ["| | |", "|---|---|", *(f"| {name} | {plain(value)} |" for name, value in rows.items() if value is not None), ""]
+    lines += [
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {plain(value)} |" for name, value in rows.items() if value is not None),
+        "",
+    ]
     lines += ["The whole recipe is in provenance.json.", "", *scored(about), *limits(target, about)]
     return "\n".join(lines) + "\n"
 

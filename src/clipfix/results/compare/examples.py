@@ -71,7 +71,13 @@ def changed(groups: Sequence[Group], amount: int, places: str = "files") -> tupl
         return [], [f"No examples: the result file does not name the shards of {benchmark}."]
     try:
         samples = read_samples(settings, {str(items[i]) for i in wanted}, places)
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:  # settings of any types, in a result file
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        OSError,
+    ) as error:  # settings of any types, in a result file
         return [], [f"No examples: the images of {benchmark} cannot be read: {error}"]
     if absent := {str(items[i]) for i in wanted} - samples.keys():
         return [], [f"No examples: the data of {benchmark} no longer contains {', '.join(sorted(absent))}."]
@@ -108,7 +114,7 @@ def largest_change(groups: Sequence[Group]) -> tuple[str, np.ndarray, np.ndarray
 
 
 def read_samples(settings: Mapping[str, Any], keys: set[str], places: str = "files") -> dict[str, dict[str, Any]]:
-    """Return {key: image and captions} of the samples with these keys; the first sample of a key counts.
+    """Return {key: image and captions} of the samples with these keys; a key is that of `embed.apart`.
 
     Args:
         settings: The settings of the benchmark in the result file.
@@ -120,13 +126,13 @@ def read_samples(settings: Mapping[str, Any], keys: set[str], places: str = "fil
     """
     from clipfix.data.decoding import samples
     from clipfix.data.texts import Text
-    from clipfix.evals.embed import load_rgb
+    from clipfix.evals.embed import apart, load_rgb
 
     text, shards = Text(**settings["text"]), settings["shards"]
     by_key: dict[str, dict[str, Any]] = {}
     if not isinstance(shards, Mapping):
         check_places(shards, places)
-    for sample in published(shards) if isinstance(shards, Mapping) else samples(shards, allow_pipe=True):
+    for sample in apart(published(shards) if isinstance(shards, Mapping) else samples(shards, allow_pipe=True)):
         if sample["key"] in keys - by_key.keys():
             texts = text.draw(sample, Random(sample["key"]))
             by_key[sample["key"]] = {"image": load_rgb(sample["image"]), "texts": texts}
