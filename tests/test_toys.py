@@ -64,7 +64,9 @@ def test_a_cache_without_steps(clipfix, shards, clip_folder):
     saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["state_dict"].keys() == {"model.keys", "model.values"}
     assert saved["state_dict"]["model.values"].sum(0).tolist() == [2, 2]
-    again, _ = clipfix(*RUN, "run=eval", *backbone, *scored, f"checkpoint={folder}/checkpoints/last.ckpt")
+    again, _ = clipfix(
+        *RUN, "run=eval", "method=toy_cache", *backbone, *scored, f"checkpoint={folder}/checkpoints/last.ckpt"
+    )
     assert again != folder
     assert results(again)["scores"]["score"]["eval/few_shot/accuracy"] == 100.0
     with pytest.raises(SystemExit, match="Backbone has no classifier"):
@@ -82,5 +84,7 @@ def test_a_method_on_episodes(clipfix, shards, clip_folder):
     assert not torch.equal(weight, torch.eye(len(weight)))
     assert saved["state_dict"].keys() == {"model.layer.weight"}
     after = results(folder)["scores"]["after"]["eval/episodes/accuracy"]
-    again, _ = clipfix(*RUN, "run=eval", *backbone, *scored, f"checkpoint={folder}/checkpoints/last.ckpt")
+    again, _ = clipfix(
+        *RUN, "run=eval", "method=toy_episodes", *backbone, *scored, f"checkpoint={folder}/checkpoints/last.ckpt"
+    )
     assert results(again)["scores"]["score"]["eval/episodes/accuracy"] == after

@@ -178,7 +178,7 @@ def test_the_stretched_length_is_told_everywhere(backbones, tmp_path):
     assert weights["positional_embedding"].shape[0] == 248
     folder = exported(backbone, "transformers", tmp_path)
     text = content(folder / "config.json")["text_config"]
-    assert (text["max_position_embeddings"], text["eos_token_id"]) == (248, 2)
+    assert (text["max_position_embeddings"], text["eos_token_id"]) == (248, 49407)
     assert content(folder / "tokenizer_config.json")["model_max_length"] == 248
     config = diffusers.files(backbone)["text_encoder/config.json"]
     assert config["max_position_embeddings"] == 248

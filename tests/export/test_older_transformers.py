@@ -1,4 +1,4 @@
-"""Folders load with transformers 4, which LLaVA and many pipelines bring, in an environment of its own."""
+"""Folders load with transformers 4, which LLaVA and many pipelines bring, and 5.0, in environments of their own."""
 
 import os
 import subprocess
@@ -10,15 +10,24 @@ import torch
 from kinds import TEXTS, exported, text_features
 from safetensors.torch import save_file
 
-OLDER = ("transformers==4.57.6", "tokenizers==0.22.2", "huggingface_hub==0.36.2")
+OLDER = {
+    "4.57.6": ("transformers==4.57.6", "tokenizers==0.22.2", "huggingface_hub==0.36.2"),
+    "5.0.0": (
+        "transformers==5.0.0",
+        "tokenizers==0.22.2",
+        "huggingface_hub==1.3.4",
+        "sentencepiece",
+    ),  # 5.0 needs the last for SigLIP
+}
 SCRIPT = """
 import sys, torch, transformers
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer, CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionModel, SiglipModel
-assert transformers.__version__.startswith("4."), transformers.__version__
+assert transformers.__version__ == sys.argv[2], transformers.__version__
 folder, expected = sys.argv[1], load_file(sys.argv[1] + "/expected.safetensors")
 
 def same(theirs, name):
+    theirs = theirs if torch.is_tensor(theirs) else theirs.pooler_output
     torch.testing.assert_close(theirs, expected[name], atol=1e-5, rtol=0)
 
 def load(model_class, *path, **more):
@@ -44,22 +53,30 @@ with torch.no_grad():
     tokens = ids(CLIPTokenizer.from_pretrained(folder + "/clip/diffusers", subfolder="tokenizer"))
     assert tokens.shape[1] == 248
     same(text(tokens).pooler_output @ expected["clip.text_proj"], "clip.plain_text")
+    text.resize_token_embeddings(text.config.vocab_size + 1)
+    tokens[:, 1] = text.config.vocab_size - 1  # an added token has the largest id; the end stays where it is
+    end = (tokens == text.config.eos_token_id).int().argmax(dim=-1)
+    found = text(tokens)
+    assert torch.equal(found.pooler_output, found.last_hidden_state[torch.arange(len(tokens)), end])
 """
 
 
-@pytest.fixture(scope="session")
-def older(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """transformers 4 laid over this environment; installing it takes a package index and some seconds."""
+@pytest.fixture(scope="session", params=OLDER)
+def older(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """An older transformers laid over this environment; installing it takes a package index and some seconds."""
     folder = tmp_path_factory.mktemp("older")
     where = ["--quiet", "--no-deps", "--python", sys.executable, "--target", str(folder)]
-    installed = subprocess.run([sys.executable, "-m", "uv", "pip", "install", *where, *OLDER], check=False)
+    installed = subprocess.run(
+        [sys.executable, "-m", "uv", "pip", "install", *where, *OLDER[request.param]], check=False
+    )
     if installed.returncode:
-        pytest.skip("transformers 4 cannot be installed: no package index")
-    return folder
+        pytest.skip(f"transformers {request.param} cannot be installed: no package index")
+    return request.param, folder
 
 
 @pytest.mark.slow
-def test_transformers_4(older, backbones, tmp_path):
+def test_older_transformers(older, backbones, tmp_path):
+    version, folder = older
     pixels = torch.rand(2, 3, 32, 32)
     expected = {"pixels": pixels}
     for name, kind in (("clip", "248 tokens"), ("siglip", "siglip")):
@@ -72,8 +89,8 @@ def test_transformers_4(older, backbones, tmp_path):
     expected["clip.proj"] = backbones["248 tokens"].visual.proj
     expected["clip.text_proj"] = backbones["248 tokens"].text.text_projection
     save_file({key: value.detach().clone() for key, value in expected.items()}, tmp_path / "expected.safetensors")
-    command = [sys.executable, "-c", SCRIPT % (TEXTS,), str(tmp_path)]
+    command = [sys.executable, "-c", SCRIPT % (TEXTS,), str(tmp_path), version]
     told = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": str(older)}, capture_output=True, text=True, check=False
+        command, env={**os.environ, "PYTHONPATH": str(folder)}, capture_output=True, text=True, check=False
     )
     assert told.returncode == 0, told.stderr

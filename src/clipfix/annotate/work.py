@@ -100,12 +100,17 @@ class Draft:
     def __init__(self, folder: Path, name: str, url: str) -> None:
         self.folder, self.name, self.url = folder, name, url
         self.counts = dict.fromkeys(COUNTED, 0)
+        self.last: str | None = None  # the key of the sample added last
         self.path = folder / f".{name}.{uuid.uuid4().hex}.part"
         self.tar = tarfile.open(self.path, "x")  # noqa: SIM115  closed when the shard is complete
 
     def add(self, raw: Raw) -> None:
         """Append one sample."""
-        add_sample(self.tar, raw["__key__"], {name: part for name, part in raw.items() if not name.startswith("__")})
+        key = raw["__key__"]
+        if key == self.last:  # what was between two samples of one key was left out; readers would join the two
+            key = f"{key}-{self.counts['samples']}"
+        self.last = key
+        add_sample(self.tar, key, {name: part for name, part in raw.items() if not name.startswith("__")})
         self.counts["samples"] += 1
 
     def finish(self, broken: str | None) -> None:

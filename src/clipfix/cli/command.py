@@ -99,7 +99,7 @@ def sweep(arguments: list[str]) -> None:
 def expand_short_forms(arguments: list[str]) -> list[str]:
     """Return the overrides that Hydra reads: `run=compare a.json b.json` and `run=export to=timm` are short forms."""
     if "run=export" in arguments:
-        short = ("to=", "output=", "overwrite=", "dtype=", "push_to=", "licence=")
+        short = ("to=", "output=", "overwrite=", "dtype=", "push_to=", "licence=", "base_model=", "datasets=")
         return [f"export.{argument}" if argument.startswith(short) else argument for argument in arguments]
     if "run=compare" not in arguments:
         return arguments

@@ -2,6 +2,8 @@
 
 import difflib
 import os
+import re
+import shlex
 import sys
 import traceback
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, OmegaConfBaseException
 
 from clipfix.system import secrets
+from clipfix.system.terminal import visible
 
 USER_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
 CHUNK = 64  # the suggested value of a key that bounds memory and is null
@@ -36,7 +39,7 @@ def in_one_line() -> Iterator[None]:
         assert error is not None
         if verbose:
             raise error from error.__cause__
-        message = secrets.hidden(one_line(explain(error)))
+        message = visible(secrets.hidden(one_line(explain(error))))
         sys.exit(f"clipfix: {message}\n(HYDRA_FULL_ERROR=1 shows where this was raised)")
 
 
@@ -61,6 +64,10 @@ def explain(error: BaseException) -> str:
     cause = error.__cause__
     if "Original Traceback" in str(error):
         return loader_worker_message(error)
+    if quoted := quoting_hint(error):
+        return quoted
+    if type(error) is ValueError:  # our own, whatever it was raised from
+        return str(error)
     if isinstance(cause, ValueError):
         return constructor_message(cause)
     if isinstance(cause, ConfigAttributeError) and cause.parent_node is not None:
@@ -68,6 +75,24 @@ def explain(error: BaseException) -> str:
     if cause is not None and "Error in call to target" in str(error):
         return call_message(error, cause)
     return config_message(error)
+
+
+def quoting_hint(error: BaseException) -> str:
+    """Return how to quote a value with `=`, commas, brackets or other letters; "" for other errors.
+
+    Hydra's own message shows quotes that the shell removes.
+    """
+    override = getattr(error, "override", None)
+    if ambiguous := re.match(r"Ambiguous value for argument '(.*)'\n", str(error)):
+        override = ambiguous[1]
+    if not isinstance(override, str) or "=" not in override:
+        return ""
+    key, _, value = override.partition("=")
+    quoted = shlex.quote(f'{key}="{value}"' if '"' not in value else f"{key}={value}")
+    return (
+        f"{override} cannot be read as a setting. A value with =, commas, brackets or letters such as ä needs double "
+        f"quotes inside of single ones: {quoted} (a list is {key}=[a,b]; several runs are -m {key}=a,b)."
+    )
 
 
 def loader_worker_message(error: BaseException) -> str:

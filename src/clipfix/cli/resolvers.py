@@ -13,7 +13,6 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from clipfix import CONF, PACKAGE
 from clipfix.cli.sweeps import search_space
@@ -60,7 +59,7 @@ def newest_same_run(runs: Path, config: Mapping[str, Any]) -> Path | None:
     wanted = same_run(config)
     started = sorted(runs.glob("*/config.yaml"), reverse=True)
     for file in started:
-        with suppress(YAMLError):  # a run that was killed while writing it
+        with suppress(ValueError):  # a run that was killed while writing it, or a file of another program
             stored: Any = identity.stored(file.read_text())
             if wanted and wanted == same_run(stored):
                 return file.parent

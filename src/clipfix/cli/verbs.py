@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from clipfix import CONF
 from clipfix.cli.resolvers import quiet_wandb, wandb_mode
 from clipfix.cli.run import Run, shareable
+from clipfix.cli.stored import stored_config
 from clipfix.cli.sweeps import check_one_process, is_optuna_trial
 from clipfix.results import identity
 
@@ -127,7 +128,7 @@ def score(run: Run) -> None:
 
     if cfg.data.get("prepare") and cfg.data.prepare.root in str(identity.asked(cfg)):  # a benchmark reads these shards
         instantiate(cfg.data.prepare)()
-    model, trained, step = load_model(backbone, cfg.checkpoint)
+    model, trained, step = load_model(backbone, cfg)
     fabric = Fabric(**{key: cfg.trainer[key] for key in ("accelerator", "devices", "num_nodes") if key in cfg.trainer})
     check_one_process(fabric.strategy)
     fabric.launch()
@@ -140,15 +141,15 @@ def score(run: Run) -> None:
     fabric.barrier()  # a rank that finishes removes the run folder if it is empty
 
 
-def load_model(backbone: Any, checkpoint: str | None) -> tuple[Any, Any, int | None]:
+def load_model(backbone: Any, cfg: Any) -> tuple[Any, Any, int | None]:
     """Return the model to score, the config of its training and its training step; the latter two None if untrained."""
     from clipfix.training.checkpoints import load_repair, read_checkpoint
 
-    if not checkpoint:
+    if not cfg.checkpoint:
         return backbone, None, None
-    trained: Any = identity.stored(read_checkpoint(checkpoint).get("config_yaml"))
+    trained = stored_config(read_checkpoint(cfg.checkpoint), cfg.checkpoint, cfg)
     model = wrap(backbone, trained.method) if trained else backbone
-    return model, trained, load_repair(model, checkpoint).get("global_step")
+    return model, trained, load_repair(model, cfg.checkpoint).get("global_step")
 
 
 def wrap(backbone: Any, method_config: Any) -> Any:
@@ -262,7 +263,7 @@ def export(run: Run) -> None:
     settings = export_settings(cfg.export)
     exporting.check(**settings)
     saved = read_checkpoint(cfg.checkpoint) if cfg.checkpoint else {}
-    trained = identity.stored(saved.get("config_yaml"))
+    trained = stored_config(saved, cfg.checkpoint, cfg)
     backbone_config = cfg.backbone if trained is None or overrides_group(run, "backbone") else trained.backbone
     run.seed_and_check()
     backbone = instantiate(backbone_config)
@@ -272,7 +273,10 @@ def export(run: Run) -> None:
     repair = identity.repair(trained) | {"step": saved.get("global_step")}
     trained_on = trained.data.train if trained else None
     facts = about(backbone, backbone_config.pretrained, repair, trained_on, cfg.checkpoint, licences)
-    facts["licence"] = cfg.export.licence or facts["licence"]
+    card: Any = OmegaConf.to_container(cfg.export)
+    for key in ("licence", "base_model", "datasets"):
+        facts[key] = card[key] or facts[key]
+    facts["language"] = card["language"]
     for written in exporting.export(backbone, **settings, about=facts):
         print(f"Wrote {written}")
 

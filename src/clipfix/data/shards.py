@@ -2,6 +2,7 @@
 
 import glob
 import logging
+import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -39,9 +40,18 @@ def expand(urls: str | Iterable[str], allow_pipe: bool = False) -> list[str]:
     if missing := [shard for shard in shards if not urlsplit(shard).scheme and not Path(shard).is_file()]:
         raise ValueError(
             f"{len(missing)} of {len(shards)} shards of {entries} do not exist, first {missing[0]!r} "
-            f"(working folder {Path.cwd()}): correct data.train or data.selection"
+            f"(working folder {Path.cwd()}): correct data.train or data.selection{existing(entries)}"
         )
     return shards
+
+
+def existing(entries: list[str]) -> str:
+    """Return how to ask for the shards of a brace range that exist; "" if none does."""
+    for entry in entries:
+        pattern = re.sub(r"\{[^{}]*\}", "*", entry)
+        if pattern != entry and (there := len(glob.glob(str(Path(pattern).expanduser()), recursive=True))):
+            return f", or ask for the {there} that exist: '{pattern}'"
+    return ""
 
 
 def _resolve(url: str, allow_pipe: bool) -> list[str]:
@@ -67,7 +77,7 @@ def _resolve(url: str, allow_pipe: bool) -> list[str]:
         return [str(path)]
     if not (shards := sorted(glob.glob(pattern, recursive=True))):
         raise ValueError(f"no shard matches {pattern!r} (working folder {Path.cwd()}): correct the path, or write one")
-    return shards
+    return [f"./{shard}" if urlsplit(shard).scheme else shard for shard in shards]  # a file may be named `pipe:...`
 
 
 class _StrictMember(tarfile.TarInfo):
@@ -136,4 +146,25 @@ def read_shard(
         except Exception as error:  # any error of a file, a network or a command ends this shard, not the run
             broken(error)
 
-    yield from group_by_keys(members(), handler=broken)
+    yield from in_order(group_by_keys(members(), handler=broken), broken)
+
+
+def in_order(samples: Iterable[dict[str, Any]], broken: Callable[[Exception], object]) -> Iterator[dict[str, Any]]:
+    """Yield samples up to the first whose key came before with other members: its members are not adjacent.
+
+    A shard is read as a stream, so such a sample cannot be joined. A key that repeats with the same members is another
+    sample.
+    """
+    suffixes: dict[str, set[str]] = {}
+    for sample in samples:
+        key, found = sample["__key__"], {name for name in sample if not name.startswith("__")}
+        if key in suffixes and not suffixes[key] & found:
+            broken(
+                ValueError(
+                    f"the members of the sample {key!r} are not next to each other: pack it again in the order of names, "
+                    "tar --sort=name"
+                )
+            )
+            return
+        suffixes[key] = found
+        yield sample

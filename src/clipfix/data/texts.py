@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NotRequired
@@ -9,6 +10,14 @@ from typing import Any, NotRequired
 from typing_extensions import TypedDict
 
 LONGEST_TEXT = 20_000  # characters; no tower reads as many, and a tokenizer takes seconds for a few million
+# A full stop and a space, but not after an initial (J. Smith), a title or another abbreviation, or a unit after a number
+# with a small letter behind it (3.5 in. disk).
+ABBREVIATIONS = ("Dr", "Mr", "Ms", "St", "vs", "No", "cf", "ca", "Mrs", "Rev", "Fig", "e.g", "i.e", "Prof", "approx")
+UNITS = ("in", "ft", "oz", "lb", "yd", "mi")
+END = re.compile(
+    "".join(rf"(?<!\b{re.escape(word)})" for word in ("[A-Z]", *ABBREVIATIONS)).replace(r"\[A\-Z\]", "[A-Z]")
+    + "(?:" + "".join(rf"(?<!\d {unit})" for unit in UNITS) + r"\. |\. (?![a-z]))"
+)  # fmt: skip
 PICKS = ("one", "first_sentence", "other_sentences", "all", "random")
 
 
@@ -54,7 +63,7 @@ class Text:
         """Return k texts of a decoded sample; raise ValueError if it has none."""
         texts = strings(sample, self.key)
         if self.pick == "first_sentence":  # Source: Long-CLIP (arXiv 2403.15378), short caption of its training set
-            texts = [texts[0].split(". ", 1)[0]]
+            texts = [sentences(texts[0])[0]]
         elif self.pick == "other_sentences":
             texts = [other_sentences(texts[0], rng)]
         elif self.pick == "random":
@@ -73,13 +82,21 @@ def strings(sample: Mapping[str, Any], key: str) -> list[str]:
     return texts
 
 
+def sentences(text: str) -> list[str]:
+    """Return the sentences of a text, without the full stops between them.
+
+    Departs from Long-CLIP and DeBias-CLIP, which split at every ". ": abbreviations do not end a sentence.
+    """
+    return END.split(text)
+
+
 def other_sentences(text: str, rng: random.Random) -> str:
     """Return some of the sentences after the first, in random order. A text of one sentence is returned unchanged.
 
     Source: DeBias-CLIP (arXiv 2602.22419), short caption: the first sentence, a summary, is left out, and the number of
     the others is uniform.
     """
-    others = [sentence for sentence in text.split(". ")[1:] if sentence.strip()]
+    others = [sentence for sentence in sentences(text)[1:] if sentence.strip()]
     if not others:
         return text
     return ". ".join(rng.sample(others, rng.randint(1, len(others)))).strip()

@@ -1,6 +1,7 @@
 """Unit-norm fp32 features of batches of images and texts: the plain embedding, or with patch tokens added."""
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -12,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from clipfix.data.decoding import samples
+from clipfix.data.decoding import FORMATS, samples
 from clipfix.data.sets import Source
 from clipfix.functional.patches import take_patches
 from clipfix.models.base import Model, Patches
@@ -25,8 +26,20 @@ Shards = str | Sequence[str] | Source  # data of a benchmark: urls, or a publish
 
 def pictures(shards: Shards, allow_pipe: bool = False) -> Iterator[Sample]:
     """Yield all samples with their decoded images, for figures."""
-    for sample in shards if isinstance(shards, Source) else samples(shards, allow_pipe):
+    for sample in apart(shards if isinstance(shards, Source) else samples(shards, allow_pipe)):
         yield {**sample, "image": load_rgb(sample["image"])}
+
+
+def apart(samples: Iterable[Sample]) -> Iterator[Sample]:
+    """Yield samples whose keys differ: the second one of a key `a` becomes `a (2)`, as of shards that count from zero.
+
+    Outcomes are stored by key, and rows with one key are resampled together.
+    """
+    seen: Counter[str] = Counter()
+    for sample in samples:
+        seen[sample["key"]] += 1
+        number = seen[sample["key"]]
+        yield sample if number == 1 else {**sample, "key": f"{sample['key']} ({number})"}
 
 
 def load_rgb(image: Image.Image | Path) -> Image.Image:
@@ -39,7 +52,7 @@ def load_rgb(image: Image.Image | Path) -> Image.Image:
     if isinstance(image, Image.Image):
         return image.convert("RGB")
     try:
-        with Image.open(image) as opened:
+        with Image.open(image, formats=FORMATS) as opened:
             return opened.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"The image {image} cannot be read ({error}): download its data set again.") from error

@@ -25,6 +25,7 @@ from clipfix.evals.embed import (
     PatchPooling,
     Sample,
     Shards,
+    apart,
     embed_images,
     embed_texts,
     embed_with_patches,
@@ -115,7 +116,7 @@ class Features:
             if not samples:
                 name = data.folder if isinstance(data, Source) else ", ".join(data)
                 raise ValueError(f"No sample of {name} could be read. The log gives the reasons.")
-            self._embedded[data, pooling] = torch.stack(rows).to(self._device), samples
+            self._embedded[data, pooling] = torch.stack(rows).to(self._device), list(apart(samples))
         return self._embedded[data, pooling]
 
     def texts(self, texts: Sequence[str], at_most: int | None = None) -> Float[Tensor, "n d"]:

@@ -4,8 +4,11 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from matplotlib import rcParams
 from matplotlib.figure import Figure
 from PIL import Image
+
+rcParams["text.parse_math"] = False  # a caption with two dollar signs is no formula
 
 GREEN, RED, INK = "#2e7d32", "#c62828", "#2b2f36"
 BEFORE, AFTER = "#b8bec9", "#3a6ea5"  # the two scorings of a run, in every chart

@@ -1,7 +1,10 @@
 """Description of an exported folder: README.md for people and the hub, provenance.json for programs."""
 
+import html
 from collections.abc import Mapping
 from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
 
 from clipfix.export.folder import PROVENANCE, Files
 from clipfix.models.clip import Backbone
@@ -14,6 +17,16 @@ LIBRARIES = {
     "diffusers_2": "diffusers",
     "sentence_transformers": "sentence-transformers",
     "timm": "timm",
+}
+TASKS = {  # the hub's names
+    "open_clip": "zero-shot-image-classification",
+    "transformers": "zero-shot-image-classification",
+    "llava": "image-feature-extraction",
+    "diffusers": "feature-extraction",
+    "diffusers_2": "feature-extraction",
+    "sentence_transformers": "sentence-similarity",
+    "timm": "image-feature-extraction",
+    "comfyui": "feature-extraction",
 }
 USE = {
     "open_clip": """model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")
@@ -46,18 +59,61 @@ def files(backbone: Backbone, target: str, about: Mapping[str, Any]) -> Files:
     return {"README.md": readme(target, about), PROVENANCE: about}
 
 
+def metadata(target: str, about: Mapping[str, Any]) -> ModelCardData:
+    """Return the metadata of the model card, as the hub reads it."""
+    licence = about.get("licence")
+    scores = results(target, about)
+    return ModelCardData(
+        base_model=about.get("base_model"),
+        base_model_relation="finetune" if about.get("base_model") and about.get("method") else None,
+        datasets=list(about.get("datasets") or ()) or None,
+        eval_results=scores or None,
+        language=about.get("language"),
+        library_name=LIBRARIES.get(target),
+        license=licence or "other",
+        license_name=None if licence else "unknown",
+        model_name=about["model"] if scores else None,
+        pipeline_tag=TASKS[target],
+        tags=["clip", "clipfix"],
+    )
+
+
+def results(target: str, about: Mapping[str, Any]) -> list[EvalResult]:
+    """Return the scores for the hub's `model-index`, in percent. Those before training say so in their names."""
+    listed = []
+    for column, scores in (about.get("scores") or {}).items():
+        for name, value in scores.items():
+            benchmark, _, metric = name.removeprefix("eval/").partition("/")
+            shown = metric.replace("_", " ")
+            listed.append(
+                EvalResult(
+                    task_type=TASKS[target],
+                    dataset_type=benchmark,
+                    dataset_name=benchmark.replace("_", " "),
+                    metric_type=metric,
+                    metric_name=f"{shown}, before the repair" if column == "before" else shown,
+                    metric_value=round(value, 2),
+                )
+            )
+    return listed
+
+
+def plain(value: Any) -> str:
+    """Return a value as text for Markdown: a table's bars, html and newlines in a name stay text."""
+    return " ".join(html.escape(str(value), quote=False).replace("|", "\\|").split())
+
+
 def readme(target: str, about: Mapping[str, Any]) -> str:
     """Return the model card: origin, how to load it, scores, limits."""
-    licence = about.get("licence")
-    header = {"license": licence or "other", "library_name": LIBRARIES.get(target), "tags": "[clip, clipfix]"}
-    lines = ["---", *(f"{key}: {value}" for key, value in header.items() if value), "---", ""]
-    method = about.get("method")
-    lines += [f"# {about['model']}, {f'repaired by {method}' if method else 'as it was'}", ""]
+    licence, method = about.get("licence"), about.get("method")
+    lines = ["---", metadata(target, about).to_yaml(), "---", ""]
+    lines += [f"# {plain(about['model'])}, {f'repaired by {plain(method)}' if method else 'as it was'}", ""]
     lines += ["Written by clipfix. How it loads:", "", "```python"]
     lines += [USE[target].replace("LENGTH", str(about["context_length"])), "```", ""]
     lines += ["## Where it comes from", ""]
     unknown = "not known here: look it up before you pass the model on"
     rows = {
+        "base model on the hub": about.get("base_model"),
         "base model": " ".join(str(part) for part in (about["model"], about.get("pretrained")) if part),
         "licence of the base weights": licence or unknown,
         "method": " ".join(str(about[key]) for key in ("method", "control") if about.get(key)) or "none",
@@ -70,7 +126,12 @@ def readme(target: str, about: Mapping[str, Any]) -> str:
         "precision": about["dtype"],
         "SHA-256 of the weights": about["weights"],
     }
-    lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items() if value is not None), ""]
+    lines += [
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {plain(value)} |" for name, value in rows.items() if value is not None),
+        "",
+    ]
     lines += ["The whole recipe is in provenance.json.", "", *scored(about), *limits(target, about)]
     return "\n".join(lines) + "\n"
 
@@ -85,7 +146,7 @@ def scored(about: Mapping[str, Any]) -> list[str]:
     lines += [f"| | {' | '.join(scores)} |", "|---|" + "---:|" * len(scores)]
     for name in names:
         values = " | ".join(f"{column[name]:.1f}" for column in scores.values())
-        lines.append(f"| {name.removeprefix('eval/').replace('_', ' ')} | {values} |")
+        lines.append(f"| {plain(name.removeprefix('eval/').replace('_', ' '))} | {values} |")
     return [*lines, ""]
 
 

@@ -21,6 +21,7 @@ from clipfix.models.convert import CLIP_BLOCK, CLIP_NAMES, SIGLIP_NAMES, TIMM_BL
 
 INTERPOLATION = {"bilinear": 2, "bicubic": 3, "random": 3}  # Pillow's numbers
 PROJECTIONS = ("visual_projection.weight", "text_projection.weight")  # (in, out) in open_clip
+START, END = 49406, 49407  # the ids of CLIP's start and end token
 ACTIVATIONS = {"QuickGELU": "quick_gelu", "GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh"}
 
 
@@ -76,8 +77,9 @@ def clip_visual(backbone: Backbone) -> dict[str, Any]:
 def clip_text(backbone: Backbone) -> dict[str, Any]:
     """Return the `CLIPTextConfig` of the text tower.
 
-    With `eos_token_id` 2, every version of transformers pools at the largest id, as CLIP does. OpenAI's own files have
-    this value, and the two ids beside it.
+    `eos_token_id` is the real end token. transformers then pools at its first position, as CLIP does, also if tokens are
+    added to the vocabulary. OpenAI's own files have 2 there, which makes transformers pool at the largest id: the same,
+    unless an added token, whose id is larger, is in the text.
     """
     tower = text_tower(backbone)
     plain = tower.attn_mask is not None and tower.cls_emb is None and tower.pool_type == "argmax"
@@ -88,9 +90,9 @@ def clip_text(backbone: Backbone) -> dict[str, Any]:
         "vocab_size": tower.vocab_size,
         "max_position_embeddings": len(tower.positional_embedding),
         "projection_dim": backbone.embed_dim,
-        "bos_token_id": 0,
-        "eos_token_id": 2,
-        "pad_token_id": 1,
+        "bos_token_id": START,
+        "eos_token_id": END,
+        "pad_token_id": 1,  # transformers' default; no code reads it
         **blocks(backbone, tower.transformer.resblocks),
     }
 

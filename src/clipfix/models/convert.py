@@ -20,11 +20,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
-from zipfile import ZipFile, is_zipfile
+from zipfile import is_zipfile
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+from clipfix.models import torchscript
 
 State = dict[str, Tensor]
 
@@ -88,8 +90,8 @@ TIMM_BLOCK = {
 def read(path: Path) -> State:
     """Return the weights in a file, or in all parts of a file in parts, without running code from it.
 
-    Wrappers of training code (`state_dict`, `module.`) are removed. OpenAI's TorchScript archives are an exception:
-    only `torch.jit.load` opens them, which builds the archived program. Only its tensors are used.
+    Wrappers of training code (`state_dict`, `module.`) are removed. Of TorchScript archives, such as OpenAI's, only the
+    tensors are read.
 
     Raises:
         ValueError: if the file is damaged or has Python objects other than tensors.
@@ -98,8 +100,8 @@ def read(path: Path) -> State:
         # Parts of a large file are named model-00001-of-00002.safetensors and so on.
         pattern = re.sub(r"-\d{5}-of-", "-*-of-", path.name)
         return {name: weight for part in sorted(path.parent.glob(pattern)) for name, weight in load_file(part).items()}
-    if is_zipfile(path) and any("/code/" in member for member in ZipFile(path).namelist()):
-        return torch.jit.load(path, map_location="cpu").state_dict()
+    if is_zipfile(path) and torchscript.is_archive(path):
+        return torchscript.read(path)
     try:
         # With mmap, only tensors that are used are read from the disk, and not DIVA's generator, for example.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))

@@ -77,7 +77,13 @@ def _transformers_config(name: str, folder: Path) -> tuple[dict[str, Any], dict[
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder).to_dict()
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
+    except (OSError, ValueError) as error:  # a model that needs code of its own, or a damaged file
+        raise ValueError(
+            f"backbone.name={name}: its {TRANSFORMERS_FILE} is none of a model of transformers ({_first_line(error)}), and "
+            "no code of a folder is run: set it to the folder of a CLIPModel or SiglipModel."
+        ) from error
     kind = config.get("model_type")
     if kind == "clip":
         try:
@@ -133,7 +139,13 @@ def load_tokenizer(
         _check_vocabulary(name, folder)
         return SimpleTokenizer(context_length=context_length, **options)
     source = folder if folder and list(folder.glob("tokenizer*")) else _hub_folder(repo, "*tokenizer*")
-    return HFTokenizer(str(source), context_length=context_length, **options)
+    try:
+        return HFTokenizer(str(source), context_length=context_length, **{**options, "trust_remote_code": False})
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"backbone.name={name}: the tokenizer in {source} cannot be loaded ({_first_line(error)}). No code of a folder "
+            "is run: set backbone.name to a model with a tokenizer of transformers."
+        ) from error
 
 
 def _check_vocabulary(name: str, folder: Path | None) -> None:
@@ -215,6 +227,10 @@ def _hub_folder(repo: str, *patterns: str) -> Path:
         return Path(huggingface_hub.snapshot_download(repo, allow_patterns=list(patterns)))
     except (LocalEntryNotFoundError, HfHubHTTPError) as error:
         raise ValueError(_unfetchable(repo, error)) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _unfetchable(source: str, error: Exception) -> str:

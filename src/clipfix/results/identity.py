@@ -1,9 +1,11 @@
 """The part of a run's config that its numbers depend on, equal on every machine. Every results.json holds it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from clipfix import PACKAGE
 from clipfix.system import moved
@@ -13,12 +15,38 @@ from clipfix.system.secrets import hidden
 ELSEWHERE = ("seed", "root", "processes", "_convert_", "_partial_")
 
 
-def stored(config_yaml: str | None) -> Any:
-    """Return the config that a run stored, with today's names of classes; None if it stored none."""
+def stored(config_yaml: Any) -> Any:
+    """Return the config that a run stored, with today's names of classes; None if it stored none.
+
+    Raises:
+        ValueError: It is not a config, or has an interpolation. A run stores resolved values, and to resolve
+            `${oc.env:...}` of a file from outside would read this machine's environment.
+    """
     if not config_yaml:
         return None
-    config = OmegaConf.create(config_yaml)
-    return OmegaConf.create(moved.current(OmegaConf.to_container(config))) if OmegaConf.is_dict(config) else config
+    if not isinstance(config_yaml, str):
+        raise ValueError(f"it is not text, but {type(config_yaml).__name__}.")
+    try:
+        config = OmegaConf.create(config_yaml)
+        values = moved.current(OmegaConf.to_container(config, resolve=False))
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"it is not a config ({' '.join(str(error).split())}).") from error
+    if not isinstance(values, dict):
+        raise ValueError("it is not a config.")
+    if unresolved := next(interpolations(values), None):
+        raise ValueError(f"it has the interpolation {unresolved}, and no run stores one.")
+    return OmegaConf.create(values)
+
+
+def interpolations(node: Any) -> Iterator[str]:
+    """Yield the keys and values of nested dicts and lists that have an interpolation."""
+    if isinstance(node, dict):
+        yield from interpolations([*node, *node.values()])
+    elif isinstance(node, list):
+        for value in node:
+            yield from interpolations(value)
+    elif isinstance(node, str) and "${" in node:
+        yield node
 
 
 def repair(trained: Mapping[str, Any] | None) -> dict[str, Any]:

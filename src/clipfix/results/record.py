@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from clipfix.system import moved
+from clipfix.system.terminal import all_visible
 
 FILE = "results.json"  # in the run folder
 Percentages = Mapping[str, float]  # eval/<benchmark>/<metric>
@@ -73,7 +74,7 @@ class Record:
             ValueError: The file is not JSON, or its scores are not numbers by column and name.
         """
         try:
-            stored = moved.current(json.loads(path.read_text()))
+            stored = all_visible(moved.current(json.loads(path.read_text())))
             scores = {
                 column: {name: float(score) for name, score in one.items()} for column, one in stored["scores"].items()
             }

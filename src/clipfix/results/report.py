@@ -83,13 +83,13 @@ def write(
                 logger.log_metrics(dict(values), step=0 if column == "before" else record.step)
             if heads:
                 logger.log_table("report/before_after", columns=["score", *scores], data=flat_rows(scores))
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
     console.print()
     if heads:
         console.print(full_table(scores) if table == "full" else head_table(heads, columns, coverage), soft_wrap=False)
         console.print()
     for line in closing_lines(folder, record, paths, bool(heads), loggers):
-        console.print(line, markup=False)
+        console.print(line)
 
 
 def closing_lines(

@@ -27,6 +27,6 @@ def one_line(text: str) -> Text:
 
 def as_text(table: Table) -> str:
     """Return a table as plain text, with the width that it needs."""
-    console = Console(file=(buffer := StringIO()), width=1000, color_system=None)
+    console = Console(file=(buffer := StringIO()), width=1000, color_system=None, markup=False)
     console.print(table)
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"

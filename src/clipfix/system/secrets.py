@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from clipfix.system.terminal import visible
+
 HIDDEN = "***"
 NAMES = r"(?:token|secret|passw(?:or)?d|api[-_]?key|access[-_]?key(?:[-_]?id)?|signature|credential|sig)"
 # Matches secrets by the text before them; the groups are the parts that may be shown.
@@ -47,7 +49,7 @@ def check_words(words: Sequence[str]) -> None:
 
 
 class Record(logging.LogRecord):
-    """A log record without secrets, for `logging.setLogRecordFactory`. Worker processes use it too."""
+    """A log record without secrets and control characters, for `logging.setLogRecordFactory` in all processes."""
 
     def getMessage(self) -> str:
-        return hidden(super().getMessage())
+        return visible(hidden(super().getMessage()))

@@ -12,9 +12,10 @@ from typing import Any
 
 from rich.console import Console
 
-from clipfix.results.compare.results import check_comparable, find, group, read
+from clipfix.results.compare.results import PLACES, check_comparable, find, group, read
 from clipfix.results.compare.rows import legend, rows, summary, summary_table, table
 from clipfix.results.screen import as_text, relative_path
+from clipfix.system.terminal import visible
 
 
 def compare(
@@ -27,6 +28,7 @@ def compare(
     resamples: int,
     coverage: float,
     examples: int,
+    examples_from: str = "files",
 ) -> list[Path]:
     """Print a table of the main metrics, write scores.txt, figures and report.html, and return the figures' paths.
 
@@ -40,23 +42,26 @@ def compare(
         resamples: Number of bootstrap samples.
         coverage: Coverage of the intervals, from 0 to 1.
         examples: Number of images whose rank changed most.
+        examples_from: What these are read from: `files`, also `urls`, or also `commands`.
 
     Raises:
         ValueError: A file is missing or no result file, or the files cannot be compared.
     """
+    if examples_from not in PLACES:
+        raise ValueError(f"compare.examples_from is {examples_from!r}: choose from {', '.join(PLACES)}.")
     runs = [read(path) for path in find(results)]
     notes = check_comparable(runs)
     groups = group(runs)
     all_rows = rows(groups, published, resamples, coverage, seed)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)  # names are from files
     console.print(summary_table(groups, summary(all_rows), coverage), soft_wrap=False)
     console.print()
     for line in legend(groups, summary(all_rows)):
-        console.print(line, markup=False)
+        console.print(line)
     if notes:
         console.print("Not checked:", style="yellow")
     for note in notes:
-        console.print(f"  {note}", style="yellow", markup=False)
+        console.print(f"  {note}", style="yellow")
 
     # Matplotlib, jinja and the reading of shards take a second to import. The table is printed before.
     from clipfix.results.compare import figures
@@ -71,17 +76,17 @@ def compare(
         "forgetting": figures.forgetting(groups, gain, kept),
         "lengths": figures.lengths(groups),
     }
-    cases, reasons = changed(groups, examples)
+    cases, reasons = changed(groups, examples, examples_from)
     if cases:
         drawn["examples"] = picture(cases)
     for reason in reasons:
-        console.print(reason, style="yellow", markup=False)
+        console.print(visible(reason), style="yellow")
     paths = []
     for name, figure in drawn.items():
         if figure is not None:
             paths.append(folder / f"{name}.png")
             figure.savefig(paths[-1], dpi=200)
     page = write(folder, groups, all_rows, paths, cases, [*notes, *reasons], coverage=coverage, gain=gain, kept=kept)
-    console.print(f"Every metric: {relative_path(scores)}", markup=False)
-    console.print(f"Report: {relative_path(page)}", markup=False)
+    console.print(f"Every metric: {relative_path(scores)}")
+    console.print(f"Report: {relative_path(page)}")
     return paths

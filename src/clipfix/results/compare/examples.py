@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from pkgutil import resolve_name
 from random import Random
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
+from braceexpand import braceexpand
 from matplotlib.figure import Figure
 from PIL import Image
 
 from clipfix.data.sets import Source
-from clipfix.results.compare.results import Group
+from clipfix.results.compare.results import PLACES, Group
 
 QUESTION = "image_to_text"  # the rank of the caption of an image among all captions
 
@@ -45,7 +47,7 @@ class Case:
         ]
 
 
-def changed(groups: Sequence[Group], amount: int) -> tuple[list[Case], list[str]]:
+def changed(groups: Sequence[Group], amount: int, places: str = "files") -> tuple[list[Case], list[str]]:
     """Return the images whose rank changed most in the first group, or the reason why there are none.
 
     Half of them improved and half got worse. Changes are compared as factors: 20 to 2 equals 200 to 20. Images are read
@@ -54,6 +56,7 @@ def changed(groups: Sequence[Group], amount: int) -> tuple[list[Case], list[str]
     Args:
         groups: Groups of runs.
         amount: Number of images.
+        places: What is read: only local files, also urls, or also the output of commands.
     """
     largest = largest_change(groups)
     if amount == 0 or largest is None:
@@ -67,8 +70,14 @@ def changed(groups: Sequence[Group], amount: int) -> tuple[list[Case], list[str]
     if not settings.get("shards"):
         return [], [f"No examples: the result file does not name the shards of {benchmark}."]
     try:
-        samples = read_samples(settings, {str(items[i]) for i in wanted})
-    except ValueError as error:
+        samples = read_samples(settings, {str(items[i]) for i in wanted}, places)
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        OSError,
+    ) as error:  # settings of any types, in a result file
         return [], [f"No examples: the images of {benchmark} cannot be read: {error}"]
     if absent := {str(items[i]) for i in wanted} - samples.keys():
         return [], [f"No examples: the data of {benchmark} no longer contains {', '.join(sorted(absent))}."]
@@ -104,27 +113,45 @@ def largest_change(groups: Sequence[Group]) -> tuple[str, np.ndarray, np.ndarray
     return name, first.items, median("outcomes_before", groups[0].results), after
 
 
-def read_samples(settings: Mapping[str, Any], keys: set[str]) -> dict[str, dict[str, Any]]:
-    """Return {key: image and captions} of the samples with these keys; the first sample of a key counts.
+def read_samples(settings: Mapping[str, Any], keys: set[str], places: str = "files") -> dict[str, dict[str, Any]]:
+    """Return {key: image and captions} of the samples with these keys; a key is that of `embed.apart`.
 
     Args:
         settings: The settings of the benchmark in the result file.
         keys: The keys of the samples.
+        places: As in `changed`. `allow_pipe` of the result file does not count.
+
+    Raises:
+        ValueError: They cannot be read, or are in another place.
     """
     from clipfix.data.decoding import samples
     from clipfix.data.texts import Text
-    from clipfix.evals.embed import load_rgb
+    from clipfix.evals.embed import apart, load_rgb
 
     text, shards = Text(**settings["text"]), settings["shards"]
     by_key: dict[str, dict[str, Any]] = {}
-    allow_pipe = bool(settings.get("allow_pipe"))
-    for sample in published(shards) if isinstance(shards, Mapping) else samples(shards, allow_pipe):
+    if not isinstance(shards, Mapping):
+        check_places(shards, places)
+    for sample in apart(published(shards) if isinstance(shards, Mapping) else samples(shards, allow_pipe=True)):
         if sample["key"] in keys - by_key.keys():
             texts = text.draw(sample, Random(sample["key"]))
             by_key[sample["key"]] = {"image": load_rgb(sample["image"]), "texts": texts}
         if len(by_key) == len(keys):
             break
     return by_key
+
+
+def check_places(shards: str | Sequence[str], places: str) -> None:
+    """Raise ValueError if shards that a result file names are not in the places that this run allows."""
+    entries = [shards] if isinstance(shards, str) else shards
+    for url in [url for entry in entries for url in braceexpand(entry)]:
+        scheme = urlsplit(url).scheme
+        place = "commands" if scheme == "pipe" else "urls" if scheme else "files"
+        if PLACES.index(place) > PLACES.index(places):
+            what = "shell command" if place == "commands" else "url"
+            raise ValueError(
+                f"the result file names the {what} {url}. If you trust it, set compare.examples_from={place}"
+            )
 
 
 def published(settings: Mapping[str, Any]) -> Source:

@@ -21,6 +21,9 @@ IN_A_NAME = 2  # keys of a recipe in the name of a group; groups that differ in 
 # Settings of a benchmark that locate its data, and may differ between machines.
 LOCATIONS = ("shards", "fit_shards", "root", "fetch", "allow_pipe")
 
+# What images of examples may be read from; each includes those before it. The settings of this run decide, not a file.
+PLACES = ("files", "urls", "commands")
+
 
 @dataclass(frozen=True, eq=False)
 class Result:
