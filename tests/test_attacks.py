@@ -130,11 +130,21 @@ def test_a_command_of_a_result_file_does_not_run_at_the_front_door(clipfix):
     assert Path("ran").exists(), "the file is harmless, so nothing was tested"
 
 
-@pytest.mark.parametrize("name", ["flickr30k", "tfds/x", "objectnet", "wds"])
+@pytest.mark.parametrize("name", ["flickr30k", "tfds/x", "imagenetv2", "wds"])
 def test_only_readers_that_run_nothing_read_a_set(name, tmp_path):
     """Other builders of clip_benchmark pass the folder's name to a shell."""
-    with pytest.raises(ValueError, match=r"choose from cifar10, cifar100, wds/<name>"):
+    with pytest.raises(ValueError, match=r"choose from cifar10, cifar100, objectnet, wds/<name>"):
         Named(root=str(tmp_path), fetch="", samples=None, name=name, present="test")
+
+
+def test_the_name_of_a_folder_is_no_command(tmp_path, monkeypatch):
+    """clip_benchmark downloads ObjectNet by commands with the name of the folder, if it does not exist."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("clip_benchmark.datasets.builder.call", lambda *_, **__: Path("ran").touch())
+    named = Named(root="x; touch ran", fetch="", samples=None, name="objectnet", present=str(tmp_path))
+    with pytest.raises(ValueError, match="is not a folder"):
+        list(named)
+    assert not Path("ran").exists()
 
 
 # -- published sets ----------------------------------------------------------------------------------------------------

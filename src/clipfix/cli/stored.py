@@ -84,8 +84,8 @@ def check_target(group: str, target: str) -> None:
     """Raise ValueError unless a `_target_` is a class, defined in one of `ROOMS`, or one of `FUNCTIONS`."""
     if target not in FUNCTIONS and not isinstance(found(target), type):
         raise ValueError(
-            f"{group} names {target}, which is not a class of clipfix, so it is not run. If it is a method of your own, "
-            "choose it on the command line: method=<its name>."
+            f"{group} names {target}, which is not a class of clipfix, so it is not run. If it is a method of your "
+            "own, choose it on the command line: method=<its name>."
         )
 
 

@@ -161,8 +161,8 @@ def in_order(samples: Iterable[dict[str, Any]], broken: Callable[[Exception], ob
         if key in suffixes and not suffixes[key] & found:
             broken(
                 ValueError(
-                    f"the members of the sample {key!r} are not next to each other: pack it again in the order of names, "
-                    "tar --sort=name"
+                    f"the members of the sample {key!r} are not next to each other: pack it again in the order of "
+                    "names, tar --sort=name"
                 )
             )
             return

@@ -10,12 +10,12 @@ from typing import Any, NotRequired
 from typing_extensions import TypedDict
 
 LONGEST_TEXT = 20_000  # characters; no tower reads as many, and a tokenizer takes seconds for a few million
-# A full stop and a space, but not after an initial (J. Smith), a title or another abbreviation, or a unit after a number
-# with a small letter behind it (3.5 in. disk).
+# The end of a sentence is a full stop and a space, but not after an initial (J. Smith), an abbreviation, or a unit that
+# is between a number and a small letter (3.5 in. disk).
 ABBREVIATIONS = ("Dr", "Mr", "Ms", "St", "vs", "No", "cf", "ca", "Mrs", "Rev", "Fig", "e.g", "i.e", "Prof", "approx")
 UNITS = ("in", "ft", "oz", "lb", "yd", "mi")
 END = re.compile(
-    "".join(rf"(?<!\b{re.escape(word)})" for word in ("[A-Z]", *ABBREVIATIONS)).replace(r"\[A\-Z\]", "[A-Z]")
+    "".join(rf"(?<!\b{word})" for word in ("[A-Z]", *map(re.escape, ABBREVIATIONS)))
     + "(?:" + "".join(rf"(?<!\d {unit})" for unit in UNITS) + r"\. |\. (?![a-z]))"
 )  # fmt: skip
 PICKS = ("one", "first_sentence", "other_sentences", "all", "random")

@@ -77,9 +77,9 @@ def clip_visual(backbone: Backbone) -> dict[str, Any]:
 def clip_text(backbone: Backbone) -> dict[str, Any]:
     """Return the `CLIPTextConfig` of the text tower.
 
-    `eos_token_id` is the real end token. transformers then pools at its first position, as CLIP does, also if tokens are
-    added to the vocabulary. OpenAI's own files have 2 there, which makes transformers pool at the largest id: the same,
-    unless an added token, whose id is larger, is in the text.
+    `eos_token_id` is the real end token. transformers then pools at its first position, as CLIP does, also if tokens
+    are added to the vocabulary. OpenAI's own files have 2 there, which makes transformers pool at the largest id. That
+    is the same, unless an added token, whose id is larger, is in the text.
     """
     tower = text_tower(backbone)
     plain = tower.attn_mask is not None and tower.cls_emb is None and tower.pool_type == "argmax"

@@ -81,8 +81,8 @@ def _transformers_config(name: str, folder: Path) -> tuple[dict[str, Any], dict[
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
     except (OSError, ValueError) as error:  # a model that needs code of its own, or a damaged file
         raise ValueError(
-            f"backbone.name={name}: its {TRANSFORMERS_FILE} is none of a model of transformers ({_first_line(error)}), and "
-            "no code of a folder is run: set it to the folder of a CLIPModel or SiglipModel."
+            f"backbone.name={name}: its {TRANSFORMERS_FILE} is none of a model of transformers ({_first_line(error)}), "
+            "and no code of a folder is run: set it to the folder of a CLIPModel or SiglipModel."
         ) from error
     kind = config.get("model_type")
     if kind == "clip":
@@ -143,8 +143,8 @@ def load_tokenizer(
         return HFTokenizer(str(source), context_length=context_length, **{**options, "trust_remote_code": False})
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"backbone.name={name}: the tokenizer in {source} cannot be loaded ({_first_line(error)}). No code of a folder "
-            "is run: set backbone.name to a model with a tokenizer of transformers."
+            f"backbone.name={name}: the tokenizer in {source} cannot be loaded ({_first_line(error)}). No code of a "
+            "folder is run: set backbone.name to a model with a tokenizer of transformers."
         ) from error
 
 

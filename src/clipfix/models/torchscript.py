@@ -90,8 +90,8 @@ def read(path: Path) -> dict[str, Tensor]:
 def refusal(path: Path, error: Exception) -> ValueError:
     reason = " ".join(str(error).split()) or type(error).__name__
     return ValueError(
-        f"{path} is a TorchScript archive of which the tensors cannot be read ({reason}). Its program is not run. If you "
-        "trust the file, write its weights to another one: "
+        f"{path} is a TorchScript archive of which the tensors cannot be read ({reason}). Its program is not run. If "
+        "you trust the file, write its weights to another one: "
         "torch.save(torch.jit.load(path, map_location='cpu').state_dict(), 'weights.pt')"
     )
 

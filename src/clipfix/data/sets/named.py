@@ -1,4 +1,4 @@
-"""Classification sets in a local folder: CIFAR, which torchvision reads, and clip_benchmark's WebDataset layout.
+"""Classification sets in a local folder: CIFAR, ObjectNet, and clip_benchmark's WebDataset layout.
 
 Departs from clip_benchmark, whose decoders unpickle members of a shard by their suffix and whose builders run shell
 commands with the name of the folder: shards are read by `data.shards`, and only pictures and labels are decoded.
@@ -15,7 +15,8 @@ import numpy as np
 
 from clipfix.data.sets import Labelled, inside
 
-FOLDERS = ("cifar10", "cifar100")  # sets whose files torchvision checks by their hash before it reads them
+# Of CIFAR, torchvision checks the hash before it unpickles; ObjectNet is json and pictures.
+FOLDERS = ("cifar10", "cifar100", "objectnet")
 WEBDATASET = "wds/"
 
 
@@ -24,8 +25,8 @@ class Named(Labelled):
     """The test split of one set. Nothing is downloaded.
 
     Args:
-        name: clip_benchmark's name: `cifar10`, `cifar100`, or `wds/<name>` for a folder in its WebDataset layout, with
-            classes and templates.
+        name: clip_benchmark's name: `cifar10`, `cifar100`, `objectnet`, or `wds/<name>` for a folder in its
+            WebDataset layout, with classes and templates.
         present: A file or folder inside `root` that exists if the set is there.
 
     Raises:
@@ -86,6 +87,8 @@ class Named(Labelled):
     def _dataset(self) -> Any:
         from clip_benchmark.datasets.builder import build_dataset
 
+        if not self.folder.is_dir():  # the builder would download ObjectNet by shell commands with this name
+            raise ValueError(f"{self.folder} is not a folder")
         return build_dataset(self.name, str(self.folder), split="test", download=False)
 
 
