@@ -52,7 +52,9 @@ class Index:
     starts: np.ndarray
     stops: np.ndarray
 
-    def __len__(self) -> int:
+    @property
+    def samples(self) -> int:
+        """Number of all samples."""
         return int(self.first[-1])
 
     def read(self, numbers: Iterable[int], broken: set[str]) -> Iterator[tuple[int, Mapping[str, Any] | Exception]]:
@@ -105,7 +107,7 @@ def index_of(shards: list[str]) -> Index | None:
         parts = [np.array(bounds, np.int64).reshape(-1, 2) for bounds in found]
     joined = np.concatenate([np.empty((0, 2), np.int64), *parts])
     index = Index(shards, np.cumsum([0, *map(len, parts)]), joined[:, 0].copy(), joined[:, 1].copy())
-    if len(index) >= KEPT_FROM and not broken:  # a broken shard is named in each run
+    if index.samples >= KEPT_FROM and not broken:  # a broken shard is named in each run
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(kept, may_vanish=True) as draft, draft.open("wb") as file:

@@ -126,13 +126,14 @@ class ShardData(L.LightningDataModule):
         """Return the index of the training shards; None if they are streamed. A collective operation the first time."""
         if self._index is None:
             rank, world = rank_of()
-            made: list[Any] = [(index_of(self.train_shards) or False) if rank == 0 else None]
+            made: list[Any] = [index_of(self.train_shards) if rank == 0 else None]
             if world > 1:  # one rank reads the headers for all
                 dist.broadcast_object_list(made)
-            (self._index,) = made
-            if isinstance(self._index, Index):
-                self.progress = Place(number=0, samples=len(self._index))
-        return self._index or None
+            (index,) = made
+            self._index = False if index is None else index
+            if index is not None:
+                self.progress = Place(number=0, samples=index.samples)
+        return None if self._index is False else self._index
 
     def train_dataloader(self) -> DataLoader:
         index = self.index()
@@ -217,14 +218,14 @@ class ShardData(L.LightningDataModule):
                 else "The checkpoint holds a position in streamed shards, or is of an older version"
             )
         else:
-            if index is not None and state_dict["samples"] == len(index):
+            if index is not None and state_dict["samples"] == index.samples:
                 cast(Place, self.progress).update(cast(Place, dict(state_dict)))
                 return
             number = 1 + state_dict["number"] // state_dict["samples"]
-            here = "streamed" if index is None else f"{len(index)}"
+            here = "streamed" if index is None else str(index.samples)
             why = f"The checkpoint was written on {state_dict['samples']} samples in local shards, and now it is {here}"
         log.warning("%s: data continues from the start of pass %d.", why, number)
         if index is None:
             cast(Progress, self.progress).update(start_of_pass(self.workers, number))
         else:
-            cast(Place, self.progress)["number"] = number * len(index)
+            cast(Place, self.progress)["number"] = number * index.samples

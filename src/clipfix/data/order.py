@@ -7,7 +7,6 @@ been given. This needs an index of the shards (`index.py`). Other shards are str
 
 import bisect
 import itertools
-import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -17,8 +16,6 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from clipfix.data import stream
 from clipfix.data.index import Index
-
-log = logging.getLogger(__name__)
 
 STRIPES = 16  # parts of a pass that are read side by side
 RUN = 64  # samples in a row that a window reads of each stripe, at least; also those read at once without shuffling
@@ -118,7 +115,7 @@ class OrderedStream(IterableDataset):
         self.order = Order(index.first.tolist(), seed, shuffle)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        if not len(self.index):
+        if not self.index.samples:
             stream.check_usable(self.index.shards, self.decoder, "data.train", "an entire pass")
         gone: set[str] = set()
         for (number, _), part in itertools.groupby(self._mine(), key=lambda mine: mine[:2]):
@@ -137,7 +134,7 @@ class OrderedStream(IterableDataset):
         for start in itertools.count(self.place["number"] + slot * joined, workers * joined):
             mine = start + self.rank * self.batch_size
             for at in range(mine, mine + self.batch_size):
-                number, place = divmod(at, len(self.index))
+                number, place = divmod(at, self.index.samples)
                 yield number, place // self.order.width, place, start + joined
 
     def _usable(self, number: int, place: int, raw: Any, gone: set[str]) -> tuple[dict[str, Any], int]:
@@ -149,16 +146,17 @@ class OrderedStream(IterableDataset):
                     raise raw
                 return self.decoder(raw, number), skipped
             except Exception as error:  # broken bytes raise various exceptions
-                log.debug("sample %d of pass %d is broken: %s", place, number, error)
-            most = min(stream.CHECK_AFTER, len(self.index))
+                where = (raw["__key__"], raw["__url__"]) if isinstance(raw, Mapping) else (place, f"pass {number}")
+                stream.log.debug("skipped %s in %s: %s", *where, error)
+            most = min(stream.CHECK_AFTER, self.index.samples)
             if (skipped + 1) % most == 0:
-                extent = "an entire pass" if most == len(self.index) else f"{most} in a row"
+                extent = "an entire pass" if most == self.index.samples else f"{most} in a row"
                 stream.check_usable(self.index.shards, self.decoder, "data.train", extent)
             ((_, raw),) = self.index.read([self._another(number, place, rng)], gone)
         raise AssertionError
 
     def _another(self, number: int, place: int, rng: random.Random) -> int:
         """Return a random sample of the pass; not one of the same joined batch, if the pass is long enough."""
-        joined, samples = self.batch_size * self.world, len(self.index)
+        joined, samples = self.batch_size * self.world, self.index.samples
         step = rng.randrange(joined, samples - joined + 1) if samples >= 2 * joined else rng.randrange(samples)
         return self.order(number, (place + step) % samples)
