@@ -5,13 +5,13 @@ it delivers and reads no others. One number is the whole position of a run: the 
 been given. This needs an index of the shards (`index.py`). Other shards are streamed by `stream.py`.
 """
 
-import bisect
 import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, TypedDict
 
+import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from clipfix.data import stream
@@ -41,17 +41,17 @@ class Order:
         shuffle: samples in a window; 0 shuffles the shards alone, and keeps the order within them.
     """
 
-    def __init__(self, first: Sequence[int], seed: int, shuffle: int) -> None:
-        self.first, self.seed, self.shuffle = list(map(int, first)), seed, shuffle
-        self.samples, self.width = self.first[-1], shuffle or RUN
+    def __init__(self, first: Sequence[int] | np.ndarray, seed: int, shuffle: int) -> None:
+        self.first, self.seed, self.shuffle = np.asarray(first, np.int64), seed, shuffle
+        self.samples, self.width = int(self.first[-1]), shuffle or RUN
         self.stripes = max(1, min(STRIPES, shuffle // RUN))
         self._shards = lru_cache(2)(self._shards_of_pass)
         self._windows = lru_cache(2)(self._window)
 
-    def __getstate__(self) -> tuple[list[int], int, int]:
+    def __getstate__(self) -> tuple[np.ndarray, int, int]:
         return self.first, self.seed, self.shuffle  # caches cannot be sent to a worker
 
-    def __setstate__(self, state: tuple[list[int], int, int]) -> None:
+    def __setstate__(self, state: tuple[np.ndarray, int, int]) -> None:
         self.__init__(*state)  # type: ignore[misc]
 
     def __call__(self, number: int, place: int) -> int:
@@ -59,25 +59,26 @@ class Order:
         return self._windows(number, place // self.width)[place % self.width]
 
     def _window(self, number: int, window: int) -> list[int]:
+        """Return the samples of a window. Each worker computes all windows, so it has to be fast."""
         start = window * self.width
-        samples = [self._unshuffled(number, place) for place in range(start, min(start + self.width, self.samples))]
-        if self.shuffle:
-            random.Random(f"{self.seed} {number} {window}").shuffle(samples)
-        return samples
-
-    def _unshuffled(self, number: int, place: int) -> int:
-        row, stripe = divmod(place, self.stripes)
+        row, stripe = np.divmod(np.arange(start, min(start + self.width, self.samples)), self.stripes)
         each, longer = divmod(self.samples, self.stripes)  # the first `longer` stripes have one sample more
+        at = stripe * each + np.minimum(stripe, longer) + row
         shards, ends = self._shards(number)
-        at = stripe * each + min(stripe, longer) + row
-        turn = bisect.bisect_right(ends, at)
-        return self.first[shards[turn]] + at - (ends[turn - 1] if turn else 0)
+        turn = np.searchsorted(ends, at, side="right")
+        samples = self.first[shards[turn] + 1] - (ends[turn] - at)
+        if self.shuffle:
+            samples = samples[self._draws(number, 1, window).permutation(len(samples))]
+        return samples.tolist()
 
-    def _shards_of_pass(self, number: int) -> tuple[list[int], list[int]]:
+    def _shards_of_pass(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the shards in the order of a pass, and how many samples there are up to the end of each."""
-        shards = list(range(len(self.first) - 1))
-        random.Random(f"{self.seed} {number}").shuffle(shards)
-        return shards, list(itertools.accumulate(self.first[shard + 1] - self.first[shard] for shard in shards))
+        shards = self._draws(number, 0).permutation(len(self.first) - 1)
+        return shards, np.cumsum(np.diff(self.first)[shards])
+
+    def _draws(self, *key: int) -> np.random.RandomState:
+        """Return a random generator for a key. numpy promises that RandomState draws the same in all versions."""
+        return np.random.RandomState(np.random.MT19937(np.random.SeedSequence([self.seed % 2**63, *key])))
 
 
 class OrderedStream(IterableDataset):
@@ -112,7 +113,7 @@ class OrderedStream(IterableDataset):
     ) -> None:
         self.index, self.decoder, self.batch_size, self.place = index, decoder, batch_size, place
         self.rank, self.world, self.seed = rank, world, seed
-        self.order = Order(index.first.tolist(), seed, shuffle)
+        self.order = Order(index.first, seed, shuffle)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if not self.index.samples:
