@@ -609,7 +609,8 @@ def test_latents_of_something_else_are_refused_before_training(
     members = {key: {name: part for name, part in raw.items() if name[0] != "_"} for key, raw in mixed.items()}
     pack(tmp_path / "mixed" / "0.tar", members)
     keys = next(iter(reading(tmp_path / "mixed", diffusion, batch_size=9).train_dataloader()))["key"]
-    assert keys == [f"k{number}" for number in range(10) if number != 3]
+    assert len(keys) == 9
+    assert "k3" not in keys  # another one has its place
 
 
 # ---------------------------------------------------------------------------------------------------------- front door
