@@ -47,6 +47,7 @@ CONTRASTIVE, LONGCLIP, FFF = (
 )
 DIVA, CONTRACT, RANKS = (f"methods/test_{name}.py" for name in ("diva", "contract", "ranks"))
 RESUME = "test_stream_resume.py"
+ORDER = "test_order.py"
 
 FAULTS = [
     # -- formulas
@@ -197,8 +198,8 @@ FAULTS = [
     fault(
         "the selection split reads the shards of training",
         "data/module.py",
-        "return self._loader(self.selection_shards, None)",
-        "return self._loader(self.train_shards, None)",
+        "self._stream(self.selection_shards, ",
+        "self._stream(self.train_shards, ",
         "test_stream.py::test_selection_is_one_pass_in_stored_order_with_its_last_partial_batch",
     ),
     fault(
@@ -206,7 +207,35 @@ FAULTS = [
         "data/module.py",
         "number = 1 + max(",
         "number = max(",
-        f"{RESUME}::test_another_number_of_workers_starts_the_next_pass",
+        f"{RESUME}::test_of_streamed_shards_another_number_of_workers_starts_the_next_pass",
+    ),
+    fault(
+        "a rank begins at the samples of the first",
+        "data/order.py",
+        "mine = start + self.rank * self.batch_size",
+        "mine = start",
+        f"{ORDER}::test_joined_batches_are_the_same_on_any_number_of_ranks_and_workers",
+    ),
+    fault(
+        "a worker forgets where the run stands",
+        "data/order.py",
+        'self.place["number"] + slot * joined',
+        "slot * joined",
+        f"{ORDER}::test_a_run_goes_on_at_any_number_of_ranks_and_workers_with_the_next_sample",
+    ),
+    fault(
+        "what replaces a broken sample depends on the rank",
+        "data/order.py",
+        'f"{self.seed} {number} {place} instead"',
+        'f"{self.seed} {number} {place} {self.rank}"',
+        f"{ORDER}::test_joined_batches_are_the_same_on_any_number_of_ranks_and_workers",
+    ),
+    fault(
+        "the first stripes lose their odd samples",
+        "data/order.py",
+        "+ np.minimum(stripe, longer) + row",
+        "+ row",
+        f"{ORDER}::test_an_order_takes_each_sample_once_a_pass",
     ),
     fault(
         "the other sentences may be none",

@@ -127,7 +127,10 @@ def test_a_failed_command_is_named(command: str, tmp_path: Path, caplog: pytest.
     assert f"shard {url} is broken" in line
 
 
-def test_a_shard_that_vanishes_is_named_and_the_others_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_shard_that_vanishes_is_named_and_the_others_go_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clipfix.data.order.RUN", 4)  # samples that are read at once
     numbered(tmp_path, [4, 4, 4])
     batches = iter(shard_data(str(tmp_path), workers=0, shuffle=0, batch_size=4).train_dataloader())
     first = set(next(batches)["key"])

@@ -227,7 +227,7 @@ def test_training_reads_the_shards_and_counts_what_is_no_picture(corpus: dict[st
     data.setup("fit")
     first, second = (batch for batch, _ in zip(data.train_dataloader(), range(2), strict=False))
     assert sorted(first["caption"])[0] == "Picture 11 is plain"
-    assert first["skipped"] + second["skipped"] == 2  # once in each pass
+    assert first["skipped"] + second["skipped"] >= 2  # once in each pass, and when it is drawn to replace itself
 
 
 def test_it_reads_the_pictures_that_clipfix_data_reads() -> None:

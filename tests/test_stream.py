@@ -19,18 +19,32 @@ from clipfix.data.needs import Needs
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_sample_is_skipped_and_counted(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["local", "streamed"])
+def test_a_broken_sample_is_skipped_and_counted(
+    kind: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stream goes on with the next sample. In the order of an index another sample takes its place."""
     if name == "bomb":
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100 * 100 - 1)
     key = "caption" if "surrogate" in name else "txt"
     good = {"png": encoded(picture(0)), "txt": "fine", "json": {"caption": "fine"}}
     pack(tmp_path / "0.tar", {"0": BROKEN[name], "1": good, "2": BROKEN[name], "3": BROKEN[name], "4": good})
     texts = {"caption": {"key": key, "pick": "one"}}
-    loader = iter(shard_data(str(tmp_path), texts=texts, shuffle=0, batch_size=1).train_dataloader())
-    batches = list(itertools.islice(loader, 4))
-    assert [batch["key"] for batch in batches] == [["1"], ["4"], ["1"], ["4"]]
-    assert [batch["skipped"] for batch in batches] == [1, 2, 1, 2]
-    assert [batch["position"] for batch in batches] == [(0, 0, 2), (0, 0, 5), (0, 1, 2), (0, 1, 5)]
+    where = str(tmp_path) if kind == "local" else f"pipe:cat {tmp_path}/0.tar"
+    data = shard_data(where, texts=texts, shuffle=0, batch_size=1, allow_pipe=True)
+    if kind == "streamed":
+        batches = list(itertools.islice(data.train_dataloader(), 4))
+        assert [batch["key"] for batch in batches] == [["1"], ["4"], ["1"], ["4"]]
+        assert [batch["skipped"] for batch in batches] == [1, 2, 1, 2]
+        assert [batch["position"] for batch in batches] == [(0, 0, 2), (0, 0, 5), (0, 1, 2), (0, 1, 5)]
+        return
+    batches = list(itertools.islice(data.train_dataloader(), 10))
+    assert [batch["position"] for batch in batches] == [(n + 1, n // 5, n % 5 + 1) for n in range(10)]
+    for number, batch in enumerate(batches):
+        assert batch["key"][0] in "14"
+        assert (batch["skipped"] > 0) == (number % 5 in (0, 2, 3))
+        if not batch["skipped"]:
+            assert batch["key"] == [str(number % 5)]
 
 
 @pytest.mark.parametrize("pick", ["one", "first_sentence", "other_sentences"])
@@ -42,8 +56,10 @@ def test_a_sample_without_the_text_asked_for_is_skipped_and_counted(pick: str, t
     pack(tmp_path / "0.tar", members)
     texts = {"caption": {"key": "long", "pick": pick}}
     loader = shard_data(str(tmp_path), texts=texts, shuffle=0, batch_size=2).train_dataloader()
-    batch = next(iter(loader))
-    assert (batch["key"], batch["skipped"]) == (["0", "3"], 2)
+    batches = list(itertools.islice(loader, 2))
+    assert {key for batch in batches for key in batch["key"]} == {"0", "3"}
+    assert (batches[0]["key"][0], batches[1]["key"][1]) == ("0", "3")
+    assert all(batch["skipped"] >= 1 for batch in batches)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -117,6 +133,7 @@ def test_a_worker_goes_on_after_passes_that_gave_it_a_broken_shard_alone(spoil: 
 def test_a_run_whose_shards_all_vanish_stops_after_one_pass(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     numbered(tmp_path, [4, 4, 4])
     data = shard_data(str(tmp_path))
+    data.index()
     for path in tmp_path.glob("*.tar"):
         path.unlink()
     with pytest.raises(ValueError, match=r"no shard of data.train .3. begins with one.*00002\.tar: .*No such file"):

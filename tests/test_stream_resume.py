@@ -34,18 +34,28 @@ def facts(batch: dict[str, Any]) -> tuple[Any, ...]:
     return batch["key"], batch["caption"], tuple(batch["position"]), batch["skipped"], batch["image"].sum().item()
 
 
+def streamed(folder: str) -> str:
+    """Return the same shards as commands, which cannot be indexed."""
+    return f"pipe:cat {folder}/{{0..4}}.tar"
+
+
+@pytest.mark.parametrize("kind", ["local", "streamed"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_stopped_stream_goes_on_with_exactly_the_next_batch(workers: int, tmp_path: Path) -> None:
+def test_a_stopped_stream_goes_on_with_exactly_the_next_batch(kind: str, workers: int, tmp_path: Path) -> None:
     folder = with_broken_samples(tmp_path / "shards")
-    whole = [facts(b) for b in itertools.islice(shard_data(folder, workers=workers).train_dataloader(), 20)]
-    assert max(position[1] for _, _, position, _, _ in whole) > 1  # several passes
+    if kind == "streamed":
+        folder = streamed(folder)
+    whole = [
+        facts(b) for b in itertools.islice(shard_data(folder, workers=workers, allow_pipe=True).train_dataloader(), 20)
+    ]
+    assert max(position[1] for _, _, position, _, _ in whole) > 0  # several passes
     assert sum(skipped for *_, skipped, _ in whole) > 5
     for stop in (1, 4, 13):
-        stopped = shard_data(folder, workers=workers)
+        stopped = shard_data(folder, workers=workers, allow_pipe=True)
         for batch in itertools.islice(stopped.train_dataloader(), stop):
             stopped.advance(batch)
         torch.save(stopped.state_dict(), tmp_path / "state")
-        resumed = shard_data(folder, workers=workers)
+        resumed = shard_data(folder, workers=workers, allow_pipe=True)
         resumed.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
         rest = [facts(batch) for batch in itertools.islice(resumed.train_dataloader(), 20 - stop)]
         assert rest == whole[stop:]
@@ -64,15 +74,41 @@ def test_iterating_again_goes_on_where_training_stands(workers: int, tmp_path: P
     assert again == whole
 
 
-def test_another_number_of_workers_starts_the_next_pass(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_of_streamed_shards_another_number_of_workers_starts_the_next_pass(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     numbered(tmp_path, [10, 10])
-    data = shard_data(str(tmp_path))
+    where = f"pipe:cat {tmp_path}/0000{{0..1}}.tar"
+    data = shard_data(where, allow_pipe=True)
     for batch in itertools.islice(data.train_dataloader(), 8):  # 24 of 20 samples: in the second pass
         data.advance(batch)
-    resumed = shard_data(str(tmp_path), workers=2)
+    resumed = shard_data(where, workers=2, allow_pipe=True)
     resumed.load_state_dict(data.state_dict())
+    assert "the number of ranks or data.workers changed" in caplog.text.lower()
     assert "start of pass 2" in caplog.text
     assert resumed.progress == start_of_pass(2, number=2)
+
+
+def test_a_checkpoint_of_other_shards_or_of_an_older_version_starts_the_next_pass(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    numbered(tmp_path / "a", [10, 10])
+    numbered(tmp_path / "b", [10, 10, 5])
+    older = {"ranks": [{"turn": 0, "positions": [[1, 4]]}]}
+    other = {"number": 24, "samples": 20}
+    local, piped = str(tmp_path / "b"), f"pipe:cat {tmp_path}/b/0000{{0..2}}.tar"
+    for state, where, reason, progress in (
+        (older, local, "older version", {"number": 50, "samples": 25}),
+        (other, local, "written on 20 samples in local shards, and now it is 25", {"number": 50, "samples": 25}),
+        (other, piped, "now it is streamed", start_of_pass(0, number=2)),
+    ):
+        caplog.clear()
+        resumed = shard_data(where, allow_pipe=True)
+        resumed.load_state_dict(state)
+        (line,) = caplog.messages
+        assert reason in line
+        assert "start of pass 2" in line
+        assert resumed.progress == progress
 
 
 class Recorder(L.LightningModule):
@@ -118,14 +154,14 @@ def test_lightning_resumes_with_the_batch_after_the_checkpoint(workers: int, tmp
 
 def two_ranks(rank: int, folder: str, store: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    data = shard_data(folder)
+    data = shard_data(streamed(folder), allow_pipe=True)
     keys = []
     for batch in itertools.islice(data.train_dataloader(), 2 + rank):  # ranks may stand anywhere
         data.advance(batch)
         keys += batch["key"]
     state = data.state_dict()
     assert state["ranks"][rank] == data.progress
-    resumed = shard_data(folder)
+    resumed = shard_data(streamed(folder), allow_pipe=True)
     resumed.load_state_dict(state)
     assert resumed.progress == data.progress
     gathered: list[Any] = [None, None]
@@ -135,7 +171,10 @@ def two_ranks(rank: int, folder: str, store: str) -> None:
     dist.destroy_process_group()
 
 
-def test_a_checkpoint_holds_where_every_rank_stands(tmp_path: Path) -> None:
-    numbered(tmp_path / "shards", [9, 9, 9, 9])
+def test_a_checkpoint_holds_where_every_rank_of_a_stream_stands(tmp_path: Path) -> None:
+    numbered(tmp_path / "numbered", [9, 9, 9, 9, 9])
+    (tmp_path / "shards").mkdir()
+    for path in (tmp_path / "numbered").glob("*.tar"):
+        path.rename(tmp_path / "shards" / f"{int(path.stem)}.tar")
     arguments = (str(tmp_path / "shards"), str(tmp_path / "store"))
     torch.multiprocessing.start_processes(two_ranks, arguments, nprocs=2, start_method="fork")

@@ -71,9 +71,10 @@ def survey(method: FFF, data: ShardData, folder: Path, samples: int, extra: floa
 def collect(method: FFF, data: ShardData, samples: int) -> tuple[ReferenceFeatures, Tensor | None]:
     """Return the reference's features of the first training samples, and their labels if `method.mining.same` is set.
 
-    Each sample occurs once: the stream repeats passes, and a second copy of a picture would count as a duplicate.
+    Each sample occurs once: a second copy of a picture would count as a duplicate. So the first pass alone is read, and
+    of samples with the same key, such as those that stand in for broken ones, the first.
     """
-    looks = []
+    looks, keys = [], []
     batches = math.ceil(samples / data.batch_size)
     with Progress() as bar:
         task = bar.add_task("The reference looks at samples", total=batches)
@@ -82,6 +83,7 @@ def collect(method: FFF, data: ShardData, samples: int) -> tuple[ReferenceFeatur
                 break
             batch = data.on_after_batch_transfer(method.transfer_batch_to_device(batch, method.device, 0), 0)
             looks.append(method.mining.samples(batch, joined=False))
+            keys += batch["key"]
             bar.advance(task)
     if not looks:
         raise ValueError(
@@ -89,9 +91,11 @@ def collect(method: FFF, data: ShardData, samples: int) -> tuple[ReferenceFeatur
             f"or data.workers ({data.workers})."
         )
     features = [look.features for look in looks if look.features is not None]
-    frozen = ReferenceFeatures(*(torch.cat(parts).cpu() for parts in zip(*features, strict=True))).rows(slice(samples))
+    first = {key: row for row, key in reversed(list(enumerate(keys)))}
+    kept = sorted(first.values())[:samples]
+    frozen = ReferenceFeatures(*(torch.cat(parts).cpu() for parts in zip(*features, strict=True))).rows(kept)
     labels = [look.labels for look in looks if look.labels is not None]
-    return frozen, torch.cat(labels).cpu()[:samples] if labels else None
+    return frozen, torch.cat(labels).cpu()[kept] if labels else None
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------

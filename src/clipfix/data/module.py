@@ -8,16 +8,18 @@ import copy
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from clipfix.data.decoding import in_unit_range
+from clipfix.data.index import Index, index_of
 from clipfix.data.needs import Needs
+from clipfix.data.order import OrderedStream, Place
 from clipfix.data.shards import expand
 from clipfix.data.stored import check_latents
 from clipfix.data.stream import Decoder, Progress, ShardStream, collate, init_worker, start_of_pass
@@ -30,8 +32,10 @@ log = logging.getLogger(__name__)
 class ShardData(L.LightningDataModule):
     """Loads shards for training, as an endless stream, and for selection, in one pass, split over the ranks.
 
-    A checkpoint holds the position of each worker of each rank after the last batch that was trained on. Prefetched
-    batches do not count, so a resumed run continues with exactly the next batch.
+    A checkpoint holds the position after the last batch that was trained on. Prefetched batches do not count, so a
+    resumed run continues with exactly the next batch. For local shards, which are read by an index, the position is one
+    number, and the joined batches are the same for any number of ranks and workers (`order.py`). For streamed shards
+    (http, s3, pipe, compressed) it is the position of each worker of each rank (`stream.py`).
 
     Args:
         train: urls, paths, globs or folders of shards, as `shards.expand` reads them.
@@ -39,7 +43,8 @@ class ShardData(L.LightningDataModule):
         texts: settings of `Text` by name; None leaves a name out.
         batch_size: samples of each rank in a batch.
         workers: loader processes of each rank; 0 loads in the training process.
-        shuffle: samples in the shuffle buffer of each worker; 0 keeps the order within shards.
+        shuffle: samples that are shuffled together, and the most that a worker keeps in memory for it; 0 keeps the
+            order within shards.
         seed: seed of the run.
         needs: what the method reads from a batch.
         allow_pipe: whether `pipe:` urls, which run shell commands, are allowed.
@@ -102,7 +107,8 @@ class ShardData(L.LightningDataModule):
         self.batch_size, self.workers, self.shuffle = batch_size, workers, shuffle
         self.seed, self.needs, self.features, self.augment = seed, needs, features, augment
         self.latents, self.latents_of = latents, needs.latents() if latents and needs.latents else None
-        self.progress = start_of_pass(workers)
+        self.progress: Progress | Place = start_of_pass(workers)
+        self._index: Index | Literal[False] | None = None  # None: not looked for yet; False: shards are streamed
 
     def prepare_data(self) -> None:
         """Write missing shards. Lightning calls this in one process of each machine."""
@@ -116,18 +122,42 @@ class ShardData(L.LightningDataModule):
         if self.latents is not None:
             check_latents(self.train_shards, self.latents, self.latents_of)
 
+    def index(self) -> Index | None:
+        """Return the index of the training shards; None if they are streamed. A collective operation the first time."""
+        if self._index is None:
+            rank, world = rank_of()
+            made: list[Any] = [index_of(self.train_shards) if rank == 0 else None]
+            if world > 1:  # one rank reads the headers for all
+                dist.broadcast_object_list(made)
+            (index,) = made
+            self._index = False if index is None else index
+            if index is not None:
+                self.progress = Place(number=0, samples=index.samples)
+        return None if self._index is False else self._index
+
     def train_dataloader(self) -> DataLoader:
-        return self._loader(self.train_shards, self.progress)
+        index = self.index()
+        decoder = self._decoder(self.augment, features=self.features, latents=self.latents)
+        if index is None:
+            return self._loader(self._stream(self.train_shards, decoder, cast(Progress, self.progress)), False)
+        rank, world = rank_of()
+        place = cast(Place, self.progress)
+        return self._loader(
+            OrderedStream(index, decoder, self.shuffle, self.batch_size, rank, world, place, self.seed), False
+        )
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        return self._loader(self.selection_shards, None) if self.selection_shards else []
+        if not self.selection_shards:
+            return []
+        return self._loader(self._stream(self.selection_shards, self._decoder(None), None), True)
 
-    def _loader(self, shards: list[str], progress: Progress | None) -> DataLoader:
-        rank, world = rank_of()
-        stored = {} if progress is None else {"features": self.features, "latents": self.latents}
-        augment = None if progress is None else self.augment
-        decoder = Decoder(self.texts, self.needs.image_size, self.seed, augment, **stored, latents_of=self.latents_of)
-        stream = ShardStream(shards, decoder, self.shuffle, rank, world, progress)
+    def _decoder(self, augment: Callable[[Any], Any] | None, **stored: str | None) -> Decoder:
+        return Decoder(self.texts, self.needs.image_size, self.seed, augment, **stored, latents_of=self.latents_of)
+
+    def _stream(self, shards: list[str], decoder: Decoder, progress: Progress | None) -> ShardStream:
+        return ShardStream(shards, decoder, self.shuffle, *rank_of(), progress)
+
+    def _loader(self, stream: IterableDataset, again: bool) -> DataLoader:
         return DataLoader(
             stream,
             batch_size=self.batch_size,
@@ -135,7 +165,7 @@ class ShardData(L.LightningDataModule):
             num_workers=self.workers,
             worker_init_fn=init_worker,
             # Training iterates once, endlessly. New workers of a second iteration start from the newest progress.
-            persistent_workers=self.workers > 0 and progress is None,
+            persistent_workers=self.workers > 0 and again,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # the loader draws an unused seed; keep it out of the model's random stream
         )
@@ -151,26 +181,51 @@ class ShardData(L.LightningDataModule):
 
     def advance(self, batch: Mapping[str, Any]) -> None:
         """Record that this batch is trained on."""
-        worker, number, index = batch["position"]
-        self.progress["positions"][worker] = [number, index]
-        self.progress["turn"] = (worker + 1) % len(self.progress["positions"])
+        if self.index() is not None:
+            cast(Place, self.progress)["number"] = batch["position"][0]
+            return
+        progress = cast(Progress, self.progress)
+        worker, number, place = batch["position"]
+        progress["positions"][worker] = [number, place]
+        progress["turn"] = (worker + 1) % len(progress["positions"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the progress of all ranks, which differs because broken samples are skipped. A collective operation.
+        """Return the position. A collective operation, which Lightning calls on all ranks.
 
-        Lightning calls it on all ranks.
+        It is one for all ranks if the shards have an index. Otherwise each rank has its own, because each skips its own
+        broken samples.
         """
+        if self.index() is not None:
+            return dict(self.progress)
         ranks: list[Any] = [copy.deepcopy(self.progress)] * rank_of()[1]
         if len(ranks) > 1:
             dist.all_gather_object(ranks, self.progress)
         return {"ranks": ranks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        ranks: list[Progress] = state_dict["ranks"]
-        rank, world = rank_of()
-        if (len(ranks), len(ranks[0]["positions"])) == (world, max(self.workers, 1)):
-            self.progress.update(copy.deepcopy(ranks[rank]))
-            return
-        number = 1 + max(position[0] for progress in ranks for position in progress["positions"])
-        log.warning("The number of ranks or data.workers changed: data continues from the start of pass %d.", number)
-        self.progress.update(start_of_pass(self.workers, number))
+        """Continue from a position. One that does not fit these shards continues with the next pass, and says so."""
+        index = self.index()
+        if "ranks" in state_dict:
+            ranks: list[Progress] = state_dict["ranks"]
+            rank, world = rank_of()
+            if index is None and (len(ranks), len(ranks[0]["positions"])) == (world, max(self.workers, 1)):
+                cast(Progress, self.progress).update(copy.deepcopy(ranks[rank]))
+                return
+            number = 1 + max(position[0] for progress in ranks for position in progress["positions"])
+            why = (
+                "The number of ranks or data.workers changed, and these shards are streamed"
+                if index is None
+                else "The checkpoint holds a position in streamed shards, or is of an older version"
+            )
+        else:
+            if index is not None and state_dict["samples"] == index.samples:
+                cast(Place, self.progress).update(cast(Place, dict(state_dict)))
+                return
+            number = 1 + state_dict["number"] // state_dict["samples"]
+            here = "streamed" if index is None else str(index.samples)
+            why = f"The checkpoint was written on {state_dict['samples']} samples in local shards, and now it is {here}"
+        log.warning("%s: data continues from the start of pass %d.", why, number)
+        if index is None:
+            cast(Progress, self.progress).update(start_of_pass(self.workers, number))
+        else:
+            cast(Place, self.progress)["number"] = number * index.samples

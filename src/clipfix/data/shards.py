@@ -80,11 +80,11 @@ def _resolve(url: str, allow_pipe: bool) -> list[str]:
     return [f"./{shard}" if urlsplit(shard).scheme else shard for shard in shards]  # a file may be named `pipe:...`
 
 
-class _StrictMember(tarfile.TarInfo):
+class StrictMember(tarfile.TarInfo):
     """A tar header that raises an error if it is damaged. tarfile treats damage and a missing end as the end."""
 
     @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> "_StrictMember":
+    def fromtarfile(cls, archive: tarfile.TarFile) -> "StrictMember":
         try:
             return super().fromtarfile(archive)
         except tarfile.HeaderError as error:
@@ -114,6 +114,14 @@ def open_shard(url: str, again: int = RETRIES) -> Any:
     return wds.gopen(url) if scheme in GOPEN else fsspec.open(url, "rb").open()
 
 
+def content(tar: tarfile.TarFile, url: str) -> Iterator[dict[str, Any]]:
+    """Yield the name and the bytes of each file in an archive, as webdataset's `group_by_keys` takes them."""
+    for member in tar:
+        if member.isreg() and (file := tar.extractfile(member)):
+            yield {"fname": member.name, "data": file.read(), "__url__": url}
+        tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header it has seen
+
+
 def warn(url: str, error: Exception) -> None:
     log.warning("shard %s is broken (%s): using its readable part", url, error)
 
@@ -135,11 +143,8 @@ def read_shard(
     def members() -> Iterator[dict[str, Any]]:
         try:
             stream = open_shard(url, again)
-            with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictMember) as tar:
-                for member in tar:
-                    if member.isreg() and (file := tar.extractfile(member)):
-                        yield {"fname": member.name, "data": file.read(), "__url__": url}
-                    tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header it has seen
+            with tarfile.open(fileobj=stream, mode="r|*", tarinfo=StrictMember) as tar:
+                yield from content(tar, url)
             while stream.read(1 << 20):  # read to the end: a command whose pipe is closed early would fail
                 pass
             stream.close()

@@ -178,28 +178,8 @@ class ShardStream(IterableDataset):
             taken = 0
 
     def _check_shards(self, extent: str) -> None:
-        """Raise ValueError unless the first sample of some shard is usable; in the selection split, any sample.
-
-        A pass may assign only a broken shard to a worker, and the next pass assigns others. So a worker without usable
-        samples continues as long as any shard is readable. Requests to servers are not repeated here, because reading
-        has repeated them before.
-        """
         split, most = ("data.train", 1) if self.progress else ("data.selection", None)
-        faults: dict[str, Exception | str] = {"": f"{split} names no shard"}
-        for shard in self.shards:
-            faults = {shard: "it is empty"}
-            for raw in itertools.islice(read_shard(shard, faults.__setitem__, again=0), most):
-                try:
-                    self.decoder(raw, number=0)
-                    return
-                except Exception as error:
-                    faults[shard] = error
-        ((last, reason),) = faults.items()
-        begins = "begins with" if most else "has"
-        raise ValueError(
-            f"A worker found no usable sample in {extent}, and no shard of {split} ({len(self.shards)}) {begins} "
-            f"one. The last, {last}: {reason}"
-        )
+        check_usable(self.shards, self.decoder, split, extent, most)
 
     def _raws(self, number: int, consumer: int, consumers: int) -> Iterator[dict[str, Any]]:
         if self.progress is None:
@@ -212,6 +192,32 @@ class ShardStream(IterableDataset):
         return wds.shuffle(self.shuffle, initial=self.shuffle, rng=rng)(raws)
 
 
+def check_usable(
+    shards: list[str], decoder: Callable[[Mapping[str, Any], int], Any], split: str, extent: str, most: int | None = 1
+) -> None:
+    """Raise ValueError unless one of the first `most` samples of some shard is usable; None looks at all samples.
+
+    A pass may assign only a broken shard to a worker, and the next pass assigns others. So a worker without usable
+    samples continues as long as any shard is readable. Requests to servers are not repeated here, because reading
+    has repeated them before.
+    """
+    faults: dict[str, Exception | str] = {"": f"{split} names no shard"}
+    for shard in shards:
+        faults = {shard: "it is empty"}
+        for raw in itertools.islice(read_shard(shard, faults.__setitem__, again=0), most):
+            try:
+                decoder(raw, 0)
+                return
+            except Exception as error:
+                faults[shard] = error
+    ((last, reason),) = faults.items()
+    begins = "begins with" if most else "has"
+    raise ValueError(
+        f"A worker found no usable sample in {extent}, and no shard of {split} ({len(shards)}) {begins} one. The last, "
+        f"{last}: {reason}"
+    )
+
+
 def collate(batch: list[dict[str, Any]], encode: tuple[Encode, ...] = ()) -> dict[str, Any]:
     """Collate decoded samples to a batch.
 
@@ -220,7 +226,7 @@ def collate(batch: list[dict[str, Any]], encode: tuple[Encode, ...] = ()) -> dic
 
     Returns:
         `image` [b, 3, s, s] in bytes; a list of b * k texts for each name, with those of one sample next to each other;
-        `key`; `position`, the position of the worker after the last sample; `skipped`, the number of broken samples;
+        `key`; `position`, that of the last sample; `skipped`, the number of broken samples;
         and the entries of `encode`.
     """
     features: list[dict[str, Tensor]] = [sample["features"] for sample in batch if "features" in sample]

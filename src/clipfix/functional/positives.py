@@ -18,7 +18,7 @@ class ReferenceFeatures(NamedTuple):
     text: Float[Tensor, "n k d"]
     mean_text: Float[Tensor, "n d"]
 
-    def rows(self, part: slice) -> "ReferenceFeatures":
+    def rows(self, part: slice | list[int]) -> "ReferenceFeatures":
         """Return the features of some of the samples."""
         return ReferenceFeatures(self.image[part], self.text[part], self.mean_text[part])
 
