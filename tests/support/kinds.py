@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from clipfix.export import TARGETS
 from clipfix.export.folder import write
+from clipfix.functional.positions import stretch as stretched
 from clipfix.models.clip import Backbone
 
 TEXTS = ["A red circle", "", "It’s two dogs &amp; a “blue” square above them", "a word " * 300]
@@ -73,8 +74,8 @@ def build(folder: Path, config: dict[str, Any], stretch: tuple[int, int] | None 
     torch.manual_seed(0)
     for weight in backbone.parameters():
         nn.init.normal_(weight, std=0.2)
-    if stretch:
-        backbone.stretch(*stretch)
+    if stretch:  # of any model, also of one whose features this changes
+        backbone.set_positions(stretched(backbone.text.get_parameter("positional_embedding").detach(), *stretch))
     return backbone
 
 

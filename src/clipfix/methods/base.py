@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Unpack
 
 import lightning as L
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from clipfix.data.needs import Needs
 from clipfix.functional.contrastive import contrastive_loss
+from clipfix.functional.positives import same_samples
+from clipfix.functional.sigmoid import sigmoid_loss
 from clipfix.models.adapters import merge_adapters
 from clipfix.models.base import Model
 from clipfix.models.clip import Backbone
@@ -28,6 +30,7 @@ from clipfix.training.ranks import Ranks
 from clipfix.training.sharding import local, reshard, shard, shared, unshard
 
 MAX_LOGIT_SCALE = math.log(100)  # limit of the inverse temperature: CLIP (arXiv 2103.00020), section 2.5
+TILE = 1024  # samples whose logits the sigmoid loss of `contrast` holds at once; it changes no value
 
 
 class Method(L.LightningModule, ABC):
@@ -118,7 +121,20 @@ class Method(L.LightningModule, ABC):
     def contrast(
         self, image: Float[Tensor, "b d"], text: Float[Tensor, "b d"], label_smoothing: float
     ) -> Float[Tensor, ""]:
-        """Return the contrastive loss of this rank's features, of unit norm, against those of all ranks."""
+        """Return the contrastive loss of this rank's features, of unit norm, against those of all ranks.
+
+        A backbone with a logit bias was trained with the sigmoid loss, and keeps it: the softmax loss never sees the
+        bias, so the probabilities of the trained model would be wrong. Source: SigLIP (arXiv 2303.15343), equation 1.
+        """
+        bias = self.backbone.logit_bias
+        if bias is not None:
+            self.check_smoothing(label_smoothing)
+            texts, first = self.ranks.gather(text)[:, None], self.ranks.rank * len(image)
+
+            def own(part: slice) -> Bool[Tensor, "b t 1"]:
+                return same_samples(len(image), len(texts[part]), first - part.start, image.device)[..., None]
+
+            return sigmoid_loss(image, texts, self.scale, shared(bias), own, TILE) / len(image)
         return contrastive_loss(
             image,
             text,
@@ -128,6 +144,14 @@ class Method(L.LightningModule, ABC):
             first_row=self.ranks.rank * len(image),
             label_smoothing=label_smoothing,
         )
+
+    def check_smoothing(self, label_smoothing: float) -> None:
+        """Raise ValueError for label smoothing with a backbone that is trained with the sigmoid loss."""
+        if label_smoothing and self.backbone.logit_bias is not None:
+            raise ValueError(
+                f"method.label_smoothing is {label_smoothing}, and backbone.name={self.backbone.name} is trained with "
+                "the sigmoid loss, which has none: set method.label_smoothing=0."
+            )
 
     def note(self, name: str, value: float | Tensor) -> None:
         """Log a value of this step, in addition to its losses. All ranks must use the same names."""
@@ -211,9 +235,9 @@ class Method(L.LightningModule, ABC):
         return len(batch["image"]) * rank_of()[1]
 
     def on_train_batch_end(self, *_: Any) -> None:
-        if (
-            self.backbone.logit_scale.requires_grad
-        ):  # a frozen temperature stays as published, even if rounding puts it above the limit
+        # A frozen temperature stays as published, even if rounding puts it above the limit. SigLIP's, published with
+        # 110 to 118, has no limit (arXiv 2303.15343, algorithm 1).
+        if self.backbone.logit_scale.requires_grad and self.backbone.logit_bias is None:
             with torch.no_grad():
                 local(self.backbone.logit_scale).clamp_(max=MAX_LOGIT_SCALE)
 

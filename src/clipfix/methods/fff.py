@@ -48,6 +48,8 @@ class FFF(Method):
         if not texts:
             raise ValueError("method.texts is empty: name one or more of data.texts, as in method.texts=[captions].")
         self.names, self.mining, self.objective = tuple(texts), mining, objective
+        if backbone.logit_bias is not None:
+            objective.adopt(backbone.logit_bias)
         mining.attach(texts, self.ranks)
         needs = self.clip_needs(*texts)
         self.needs = replace(

@@ -19,7 +19,8 @@ class Finetune(Method):
     supervision.
 
     Args:
-        train: parts that train, of `visual`, `text` and `logit_scale`.
+        train: parts that train, of `visual`, `text` and `logit_scale`; with the latter also the logit bias of a model
+            that has one (SigLIP).
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
 
     Source: CLIP (arXiv 2103.00020), figure 3.
@@ -36,10 +37,13 @@ class Finetune(Method):
         if not train or not set(train) <= set(PARTS):
             raise ValueError(f"method.train is {list(train)}: name at least one of {', '.join(PARTS)}.")
         self.needs = self.clip_needs("caption")
+        self.check_smoothing(label_smoothing)
         self.label_smoothing = label_smoothing
         backbone.requires_grad_(False)
         for part in train:
             getattr(backbone, part).requires_grad_(True)
+        if backbone.logit_bias is not None:
+            backbone.logit_bias.requires_grad_("logit_scale" in train)
 
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         image = F.normalize(self.backbone.encode_image(batch["image"]).float(), dim=-1)

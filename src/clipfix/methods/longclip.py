@@ -82,6 +82,7 @@ class LongCLIP(Method):
             raise ValueError(f"method.components is {components}: set it to 1 or more, or to null for no reduction.")
         if chunk is not None and chunk < 1:
             raise ValueError(f"method.chunk is {chunk}: set it to 1 or more rows, or to null for all at once.")
+        self.check_smoothing(label_smoothing)
         if ratio < 1:
             raise ValueError(f"method.ratio is {ratio}: set it to 1 or more.")
         most = backbone.context_length - (2 if ratio > 1 else 0)  # two rows are needed to interpolate

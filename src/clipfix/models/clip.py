@@ -148,6 +148,11 @@ class Backbone(Model):
         return self.model.logit_scale
 
     @property
+    def logit_bias(self) -> nn.Parameter | None:
+        """Offset of the logits of a model that was trained with the sigmoid loss, such as SigLIP; None for others."""
+        return self.model.logit_bias
+
+    @property
     def image_size(self) -> int:
         """Side of the square input images of the visual tower, in pixels."""
         size = self.model.visual.image_size
@@ -173,12 +178,20 @@ class Backbone(Model):
             ratio: rows for each of the other rows.
 
         Raises:
-            ValueError: if the tower has no position table of CLIP's kind, or the arguments do not fit it.
+            ValueError: if the tower has no position table of CLIP's kind, or the arguments do not fit it; if it reads
+                its feature from the last position, as SigLIP's does: that of a longer context has never been trained,
+                so the features of every text would change (open_clip issues 1067 and 1080).
         """
         if not isinstance(self.text, TextTransformer) or self.text.cls_emb is not None:
             raise ValueError(
                 f"backbone.name={self.name} has no position table that can be stretched: choose a model with the "
-                "text tower of open_clip (ViT-B-32, ViT-L-14-quickgelu, ViT-B-16-SigLIP, ...)."
+                "text tower of open_clip (ViT-B-32, ViT-L-14-quickgelu, ...)."
+            )
+        if ratio > 1 and self.text.pool_type not in ("argmax", "eos"):
+            raise ValueError(
+                f"backbone.name={self.name} reads the feature of a text from its {self.text.pool_type} position, so a "
+                "longer context would change the features of all texts: set method.ratio=1, or choose a model that "
+                "reads it from the end token (ViT-B-32, ViT-L-14-quickgelu, ...)."
             )
         self.set_positions(stretch(self.text.positional_embedding.detach(), keep, ratio))
 

@@ -27,6 +27,17 @@ class Objective(nn.Module, ABC):
     def start(self, image: Tensor, text: Tensor, scale: Tensor, of_images: ImagePositives) -> None:
         """Initialize from the features of the first batch of all ranks. Default: do nothing."""
 
+    def adopt(self, bias: nn.Parameter) -> None:
+        """Train the logit bias of a model that has one (SigLIP), so that exports of the model hold it.
+
+        Raises:
+            ValueError: if this loss has no bias.
+        """
+        raise ValueError(
+            f"method.objective is {self.name}, and the backbone is trained with the sigmoid loss and its logit bias: "
+            "set objective@method.objective=sigmoid."
+        )
+
     @abstractmethod
     def forward(
         self,
@@ -70,10 +81,18 @@ class Sigmoid(Objective):
         if tile < 1:
             raise ValueError(f"method.objective.tile is {tile}: score 1 or more samples at a time.")
         self.mean_over, self.start_bias, self.tile = mean_over, start_bias, tile
-        self.bias = nn.Parameter(torch.tensor(start_bias or 0.0))
+        self.bias, self.adopted = nn.Parameter(torch.tensor(start_bias or 0.0)), False
+
+    def adopt(self, bias: nn.Parameter) -> None:
+        if self.start_bias is not None:
+            raise ValueError(
+                f"method.objective.start_bias is {self.start_bias}, and the backbone has a logit bias of its own: set "
+                "it to null."
+            )
+        self.bias, self.adopted = bias, True
 
     def start(self, image: Tensor, text: Tensor, scale: Tensor, of_images: ImagePositives) -> None:
-        if self.start_bias is None:
+        if self.start_bias is None and not self.adopted:
             shared(self.bias).copy_(best_bias(image, text, scale, of_images, self.tile))
 
     def forward(
