@@ -1,0 +1,118 @@
+"""Labelled pictures in WebDataset shards."""
+
+import io
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from clipfix.data.labelled import Contents, Labelled, LabelledSet, Split, distinct, read_names
+
+NAMES = ("class_name", "classname", "label_name")  # json keys that may hold the name of a class
+
+
+class LabelledShards(LabelledSet):
+    """Samples of a picture and `<key>.cls`, a number from 0, or a json with `label`.
+
+    The files of all pictures are kept in memory, not decoded: this is for sets that fit there.
+
+    Args:
+        train, val, test: paths, globs, folders or urls of shards, as `shards.expand` reads them. `val: null` carves it
+            out of train.
+        names: names of the classes in the order of the labels: a list, or a file with one a line. None takes them from
+            the samples: `<key>.cls.txt`, or `class_name` of the json.
+        settings: those of `LabelledSet`; `root` is the folder that relative paths begin in.
+    """
+
+    def __init__(
+        self,
+        *,
+        train: str | list[str],
+        test: str | list[str],
+        val: str | list[str] | None = None,
+        names: str | Sequence[str] | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(**settings)
+        self.urls: dict[Split, Any] = {"train": train, "val": val, "test": test}
+        self.names = names
+
+    def read(self) -> Contents:
+        names: dict[int, str] = {}
+        splits: dict[Split, list[Labelled]] = {}
+        files: list[Path | str] = []
+        for split, urls in self.urls.items():
+            if urls is None:
+                continue
+            splits[split] = []
+            for shard in self._shards(split, urls):
+                files.append(shard)
+                for key, raw in read_whole(shard):
+                    label, name = label_of(raw, f"{key} in {shard}")
+                    if name is not None and names.setdefault(label, name) != name:
+                        raise ValueError(f"{shard}: {key} gives label {label} the name {name!r}, not {names[label]!r}.")
+                    splits[split].append(Labelled(key, lazy_picture(raw, f"{key} in {shard}"), label))
+        return Contents(self._names(names, splits), splits, files)
+
+    def _shards(self, split: str, urls: str | list[str]) -> list[str]:
+        from clipfix.data.shards import expand
+
+        listed = [urls] if isinstance(urls, str) else urls
+        placed = [url if "://" in url else str(self.home / Path(url).expanduser()) for url in listed]
+        try:
+            return expand(placed)
+        except ValueError as error:
+            raise ValueError(str(error).replace("data.train or data.selection", f"data.set.{split}")) from None
+
+    def _names(self, found: Mapping[int, str], splits: Mapping[Split, list[Labelled]]) -> list[str]:
+        labels = {item.label for items in splits.values() for item in items}
+        top = max(labels, default=-1)
+        if self.names is not None:
+            return read_names(self.names)
+        if nameless := [label for label in range(top + 1) if label not in found]:
+            if nameless[0] not in labels:
+                raise ValueError(f"{self.home}: labels go up to {top}, but no picture has label {nameless[0]}.")
+            raise ValueError(
+                f"{self.home}: label {nameless[0]} has no name: set data.set.names to a file with one name a line, or "
+                f"add <key>.cls.txt to the samples."
+            )
+        return distinct([found[label] for label in range(top + 1)], self.home)
+
+
+def read_whole(shard: str) -> list[tuple[str, dict[str, Any]]]:
+    """Return the samples of a shard by key; a damaged one raises ValueError, because labels would be missing."""
+    from clipfix.data.shards import read_shard
+
+    def refuse(url: str, error: Exception) -> None:
+        raise ValueError(f"{url} is broken ({error}): fetch it again.")
+
+    return [(f"{Path(shard).stem}/{raw['__key__']}", raw) for raw in read_shard(shard, refuse)]
+
+
+def label_of(raw: Mapping[str, Any], place: str) -> tuple[int, str | None]:
+    """Return the label of an undecoded sample, and the name of its class if the sample has it."""
+    try:
+        record = json.loads(raw.get("json", b"{}"))
+        label = int(raw["cls"]) if "cls" in raw else record["label"]
+        name = raw["cls.txt"].decode().strip() if "cls.txt" in raw else next((record[k] for k in NAMES if k in record), None)
+    except (LookupError, TypeError, ValueError, AttributeError):
+        label, name = None, None
+    if not isinstance(label, int) or isinstance(label, bool) or label < 0:
+        raise ValueError(f"{place} has no label: it needs <key>.cls, a number from 0, or a json with such a label.")
+    return label, name
+
+
+def lazy_picture(raw: Mapping[str, Any], place: str) -> Image.Image:
+    """Return the picture of an undecoded sample, of which only the header has been read."""
+    from clipfix.data.decoding import FORMATS, decode, encoded_image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(encoded_image(raw)), formats=FORMATS)
+            return decode(raw)["image"] if image.mode.startswith("I") else image  # 16 bits need a conversion
+    except Exception as error:
+        raise ValueError(f"{place} cannot be read as a picture ({error}): write the shard again without it.") from error
