@@ -17,7 +17,9 @@ from clipfix.data.stored_caches import read_cache
 
 def items(*sizes: int) -> list[Labelled]:
     """So many pictures of each class."""
-    return [Labelled(f"{label}/{n:02d}", Path(f"{label}/{n}.jpg"), label) for label, k in enumerate(sizes) for n in range(k)]
+    return [
+        Labelled(f"{label}/{n:02d}", Path(f"{label}/{n}.jpg"), label) for label, k in enumerate(sizes) for n in range(k)
+    ]
 
 
 class Given(LabelledSet):
@@ -135,7 +137,7 @@ def test_facts_tell_data_apart_wherever_it_is(tmp_path):
         ({"train": items(1, 1)}, "no val split, and no class of train has two pictures"),
         ({"test": items(1)}, "0/00 is twice in train and test"),
         ({"val": items(0, 1)}, "1/00 is twice in train and val"),
-        ({"root": "/nowhere", "fetch": "Fetch it."}, "There is no /nowhere. Fetch it."),
+        ({"root": "/nowhere", "fetch": "Fetch it."}, "There is no folder /nowhere. Fetch it."),
     ],
 )
 def test_contents_that_no_method_can_learn_from(wrong, said):
@@ -191,7 +193,10 @@ def test_sentences_are_those_of_the_classes_in_their_order(tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ({"cat": ["It purrs."], "dogs": ["It barks."]}, "no sentences for 'dog' .1 of 2 classes are missing; it has 'dogs'"),
+        (
+            {"cat": ["It purrs."], "dogs": ["It barks."]},
+            "no sentences for 'dog' .1 of 2 classes are missing; it has 'dogs'",
+        ),
         ({"cat": ["It purrs."]}, "no sentences for 'dog'"),
         ({"cat": ["It purrs."], "dog": []}, "'dog' must have a list of one or more sentences"),
         ({"cat": ["It purrs."], "dog": "It barks."}, "'dog' must have a list of one or more sentences"),
@@ -225,7 +230,7 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path, content):
     file = tmp_path / "a.jpg"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(ValueError, match="a.jpg cannot be read as a picture .*: fetch it again"):
+    with pytest.raises(ValueError, match=r"a.jpg cannot be read as a picture .*: fetch it again"):
         Labelled("a", file, 0).picture()
 
 
@@ -326,5 +331,5 @@ def test_features_of_other_shots_are_refused(tmp_path):
 def test_damaged_features_are_named(tmp_path):
     stored(tmp_path)
     (tmp_path / "val_f.pt").write_bytes(b"PK\x03\x04 cut off")
-    with pytest.raises(ValueError, match="val_f.pt cannot be read as a tensor"):
+    with pytest.raises(ValueError, match=r"val_f.pt cannot be read as a tensor"):
         read_cache(str(tmp_path), 2)

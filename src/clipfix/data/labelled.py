@@ -54,7 +54,7 @@ class Contents(NamedTuple):
 
     classes: list[str]
     splits: dict[Split, list[Labelled]]
-    files: list[Path | str] = []  # that define the set: a json, lists, shards; not the pictures
+    files: Sequence[Path | str] = ()  # that define the set: a json, lists, shards; not the pictures
 
 
 class LabelledSet(ABC):
@@ -102,10 +102,11 @@ class LabelledSet(ABC):
 
     @abstractmethod
     def read(self) -> Contents:
-        """Return classes and items. Paths of pictures must exist or be listed by `existing`."""
+        """Return classes and items, whose pictures exist. `self.home` exists."""
 
-    def prepare(self) -> None:
-        """Make the set, if it is one that is made on this machine. It does nothing if the set is there."""
+    def prepare(self) -> Path:
+        """Make the set, if it is one that is made on this machine and is not there; return its folder."""
+        return self.home
 
     # -- what users of a set read --------------------------------------------------------------------------------------
 
@@ -177,8 +178,8 @@ class LabelledSet(ABC):
 
     @cached_property
     def _contents(self) -> Contents:
-        self.prepare()
-        self.existing(self.home)
+        if not self.prepare().is_dir():
+            raise ValueError(f"There is no folder {self.home}. {self.fetch or 'Correct data.set.root.'}")
         found = self.read()
         check(found, self.home)
         if not found.splits.get("val"):

@@ -34,7 +34,8 @@ class Folders(LabelledSet):
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
-        self.train, self.val, self.test, self.names = train, val, test, names
+        self.train, self.val, self.test = Path(train), None if val is None else Path(val), Path(test)
+        self.names = names if names is None or isinstance(names, str) else list(names)
 
     def read(self) -> Contents:
         folders: dict[Split, Path] = {"train": self.home / self.train, "test": self.home / self.test}
@@ -65,9 +66,7 @@ class Folders(LabelledSet):
                 raise ValueError(f"{folder} is no class of train: add pictures of it there, or remove it.")
             pictures = sorted(entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(SUFFIXES))
             if not pictures:
-                raise ValueError(
-                    f"{folder} has no picture ({', '.join(SUFFIXES)}): add some, or delete the folder, if it is no class."
-                )
+                raise ValueError(f"{folder} has no picture ({', '.join(SUFFIXES)}): add some, or delete the folder.")
             for name in pictures:
                 picture = folder / name
                 yield Labelled(picture.relative_to(self.home).as_posix(), picture, labels[folder.name])

@@ -1,5 +1,6 @@
 """Labelled sets with the splits of CoOp, which Tip-Adapter and APE use as well: one json per set."""
 
+from pathlib import Path
 from typing import Any
 
 from clipfix.data.labelled import SPLITS, Contents, Labelled, LabelledSet, Split, distinct, read_json, spaced
@@ -18,7 +19,7 @@ class CoOp(LabelledSet):
 
     def __init__(self, *, split_file: str, pictures: str, **settings: Any) -> None:
         super().__init__(**settings)
-        self.split_file, self.pictures = split_file, pictures
+        self.split_file, self.pictures = Path(split_file), Path(pictures)
 
     def read(self) -> Contents:
         file = self.existing(self.home / self.split_file)
@@ -40,6 +41,8 @@ class CoOp(LabelledSet):
                     raise ValueError(f"{file}: label {label} is {names[label]!r} and {spaced(name)!r}: it must be one.")
                 splits[split].append(Labelled(path, folder / path, label))
         if gaps := [label for label in range(max(names, default=-1)) if label not in names]:
-            raise ValueError(f"{file}: labels go up to {max(names)}, but no picture has label {gaps[0]}: close the gap.")
+            raise ValueError(
+                f"{file}: labels go up to {max(names)}, but no picture has label {gaps[0]}: close the gap."
+            )
         self.with_pictures([item for items in splits.values() for item in items], file)
         return Contents(distinct([names[label] for label in sorted(names)], file), splits, [file])

@@ -13,7 +13,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from clipfix.data.labelled import SPLITS, Contents, Split
+from clipfix.data.labelled import SPLITS, Contents, Split, read_json
 from clipfix.data.scenes import BACKGROUNDS, COLOURS, Scene, Thing, draw
 from clipfix.data.scenes.shards import split_of
 from clipfix.data.scenes.words import phrase
@@ -51,14 +51,16 @@ class Drawn(Folders):
             raise ValueError(f"data.set.pictures is {pictures}: give {', '.join(SPLITS)} a number of 1 or more each.")
         self.pictures = dict(pictures)
 
-    def prepare(self) -> None:
-        """Draw the pictures unless they are there. Several processes may do so at once; the first to finish is kept.
+    def prepare(self) -> Path:
+        """Draw the pictures unless they are there, and return their folder.
+
+        Several processes may do so at once; the first to finish is kept.
 
         Raises:
             ValueError: the folder holds pictures of other settings, or other files.
         """
         if self._is_there():
-            return
+            return self.root
         self.root.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{self.root.name}-", dir=self.root.parent))
         try:
@@ -72,6 +74,7 @@ class Drawn(Folders):
                 self._is_there()
         finally:
             shutil.rmtree(draft, ignore_errors=True)
+        return self.root
 
     def info(self) -> dict[str, Any]:
         """Return what info.json in the folder says: all that changes the pictures."""
@@ -85,7 +88,7 @@ class Drawn(Folders):
         if not self.root.is_dir() or not any(self.root.iterdir()):
             return False
         file = self.root / "info.json"
-        found = json.loads(file.read_text()) if file.is_file() else None
+        found = read_json(file) if file.is_file() else None
         if found != self.info():
             raise ValueError(
                 f"data.set.root={self.root} holds {'other files' if found is None else 'a set of other settings'}: "
@@ -104,7 +107,8 @@ class Drawn(Folders):
 
     def _scenes(self, kind: str, factor: str, value: str, split: Split) -> Iterator[Scene]:
         """Yield the scenes of a class, all of them different."""
-        rng, seen, tries = Random(f"labelled/{self.seed}/{split}/{kind}/{value}"), set(), 0
+        rng, tries = Random(f"labelled/{self.seed}/{split}/{kind}/{value}"), 0
+        seen: set[Scene] = set()
         while len(seen) < self.pictures[split]:
             scene, tries = one_thing(kind, {factor: value}, rng), tries + 1
             if split_of(scene) == OWN[split] and scene not in seen:
@@ -120,7 +124,7 @@ class Drawn(Folders):
 
 def one_thing(kind: str, given: dict[str, Any], rng: Random) -> Scene:
     """Return a scene of one large thing in the middle with the given factors; all others are random."""
-    drawn = {factor: rng.choice(values) for factor, values in CARRIED[kind].items()} | given
+    drawn: dict[str, Any] = {factor: rng.choice(values) for factor, values in CARRIED[kind].items()} | given
     thing = Thing(kind, rng.choice(COLOURS), "large", MIDDLE, **drawn)
     return Scene((thing,), rng.choice(BACKGROUNDS), sample_jitter(1, rng))
 
@@ -132,4 +136,5 @@ def class_names() -> list[str]:
 
 def class_name(kind: str, factor: str, value: str) -> str:
     """Return the words of the drawn world for a class, without the article."""
-    return phrase(Thing(kind, COLOURS[0], "large", MIDDLE, **{factor: value}), {factor}).split(" ", 1)[1]
+    given: dict[str, Any] = {factor: value}
+    return phrase(Thing(kind, COLOURS[0], "large", MIDDLE, **given), {factor}).split(" ", 1)[1]

@@ -3,7 +3,7 @@
 import io
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,31 +37,34 @@ class LabelledShards(LabelledSet):
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
-        self.urls: dict[Split, Any] = {"train": train, "val": val, "test": test}
-        self.names = names
+        given: dict[Split, Any] = {"train": train, "val": val, "test": test}
+        self.urls = {split: [urls] if isinstance(urls, str) else list(urls) for split, urls in given.items() if urls}
+        self.names = names if names is None or isinstance(names, str) else list(names)
 
     def read(self) -> Contents:
         names: dict[int, str] = {}
         splits: dict[Split, list[Labelled]] = {}
         files: list[Path | str] = []
         for split, urls in self.urls.items():
-            if urls is None:
-                continue
             splits[split] = []
-            for shard in self._shards(split, urls):
+            for number, shard in enumerate(self._shards(split, urls)):
+                if shard in files:
+                    raise ValueError(f"{shard} is read twice: name other shards in data.set.{split}.")
                 files.append(shard)
-                for key, raw in read_whole(shard):
-                    label, name = label_of(raw, f"{key} in {shard}")
+                for raw in read_whole(shard):
+                    place = f"{raw['__key__']} in {shard}"
+                    label, name = label_of(raw, place)
                     if name is not None and names.setdefault(label, name) != name:
-                        raise ValueError(f"{shard}: {key} gives label {label} the name {name!r}, not {names[label]!r}.")
-                    splits[split].append(Labelled(key, lazy_picture(raw, f"{key} in {shard}"), label))
+                        raise ValueError(f"{place} gives label {label} the name {name!r}, not {names[label]!r}.")
+                    # The number, because shards of two folders often have one name: train/00000.tar, test/00000.tar.
+                    key = f"{split}-{number:05d}/{raw['__key__']}"
+                    splits[split].append(Labelled(key, lazy_picture(raw, place), label))
         return Contents(self._names(names, splits), splits, files)
 
-    def _shards(self, split: str, urls: str | list[str]) -> list[str]:
+    def _shards(self, split: str, urls: list[str]) -> list[str]:
         from clipfix.data.shards import expand
 
-        listed = [urls] if isinstance(urls, str) else urls
-        placed = [url if "://" in url else str(self.home / Path(url).expanduser()) for url in listed]
+        placed = [url if "://" in url else str(self.home / Path(url).expanduser()) for url in urls]
         try:
             return expand(placed)
         except ValueError as error:
@@ -82,14 +85,14 @@ class LabelledShards(LabelledSet):
         return distinct([found[label] for label in range(top + 1)], self.home)
 
 
-def read_whole(shard: str) -> list[tuple[str, dict[str, Any]]]:
-    """Return the samples of a shard by key; a damaged one raises ValueError, because labels would be missing."""
+def read_whole(shard: str) -> Iterator[dict[str, Any]]:
+    """Yield the undecoded samples of a shard; a damaged one raises ValueError, because labels would be missing."""
     from clipfix.data.shards import read_shard
 
     def refuse(url: str, error: Exception) -> None:
         raise ValueError(f"{url} is broken ({error}): fetch it again.")
 
-    return [(f"{Path(shard).stem}/{raw['__key__']}", raw) for raw in read_shard(shard, refuse)]
+    yield from read_shard(shard, refuse)
 
 
 def label_of(raw: Mapping[str, Any], place: str) -> tuple[int, str | None]:
@@ -97,7 +100,11 @@ def label_of(raw: Mapping[str, Any], place: str) -> tuple[int, str | None]:
     try:
         record = json.loads(raw.get("json", b"{}"))
         label = int(raw["cls"]) if "cls" in raw else record["label"]
-        name = raw["cls.txt"].decode().strip() if "cls.txt" in raw else next((record[k] for k in NAMES if k in record), None)
+        name = (
+            raw["cls.txt"].decode().strip()
+            if "cls.txt" in raw
+            else next((record[k] for k in NAMES if k in record), None)
+        )
     except (LookupError, TypeError, ValueError, AttributeError):
         label, name = None, None
     if not isinstance(label, int) or isinstance(label, bool) or label < 0:
