@@ -305,7 +305,7 @@ def test_features_of_the_authors_become_rows_of_items(tmp_path):
         ("keys_2shots", torch.full((5, 6), torch.nan), "keys_2shots.pt has values that are not finite"),
         ("test_f", {"a": 1}, "test_f.pt is a dict, but must be a tensor with 2 dimensions"),
         ("test_f", Path("code"), "test_f.pt cannot be read as a tensor"),
-        ("test_f", None, "There is no .*test_f.pt"),
+        ("test_f", None, "There is no .*test_f.pt: .*, but not for ImageNet, whose val_f.pt is the test split"),
     ],
 )
 def test_features_that_do_not_fit_are_refused(tmp_path, name, content, said):
@@ -318,6 +318,26 @@ def test_features_that_do_not_fit_are_refused(tmp_path, name, content, said):
     with pytest.raises(ValueError, match=said) as caught:
         read_cache(str(tmp_path), 2)
     assert "\n" not in str(caught.value)
+
+
+class Code:
+    """Something whose pickle runs code when it is loaded: it makes a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self):
+        return open, (str(self.file), "w")
+
+
+def test_code_in_stored_features_does_not_run(tmp_path):
+    stored(tmp_path)
+    torch.save(Code(tmp_path / "ran"), tmp_path / "val_f.pt")
+    with pytest.raises(ValueError, match=r"val_f.pt cannot be read as a tensor"):
+        read_cache(str(tmp_path), 2)
+    assert not (tmp_path / "ran").exists()
+    torch.load(tmp_path / "val_f.pt", weights_only=False).close()
+    assert (tmp_path / "ran").exists()
 
 
 def test_features_of_other_shots_are_refused(tmp_path):

@@ -449,6 +449,23 @@ def test_a_set_of_other_settings_and_other_files_are_kept(tmp_path):
         small(tmp_path / "b").split("train")
 
 
+class Slow(Drawn):
+    """One that another process overtakes."""
+
+    def _draw(self, folder, split):
+        super()._draw(folder, split)
+        small(self.root).prepare()
+
+
+def test_of_two_processes_the_first_to_finish_is_kept(tmp_path):
+    slow = Slow(root=str(tmp_path / "a"), templates=["{}"], pictures={"train": 2, "val": 1, "test": 1})
+    assert slow.prepare() == tmp_path / "a"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]  # no draft is left
+    other = Slow(root=str(tmp_path / "b"), templates=["{}"], pictures={"train": 1, "val": 1, "test": 1})
+    with pytest.raises(ValueError, match=r"b holds a set of other settings"):
+        other.prepare()
+
+
 def test_more_pictures_than_there_are_scenes_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"data.set.pictures.val is 5000, but there are only .* set .* or less"):
         small(tmp_path / "a", pictures={"train": 1, "val": 5000, "test": 1}).prepare()

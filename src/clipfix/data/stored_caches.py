@@ -74,7 +74,8 @@ def read_tensor(file: Path, dims: int) -> Tensor:
     try:
         tensor = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise ValueError(f"There is no {file}: the code of Tip-Adapter or APE writes it.") from None
+        hint = ", but not for ImageNet, whose val_f.pt is the test split" if file.name.startswith("test_") else ""
+        raise ValueError(f"There is no {file}: the code of Tip-Adapter or APE writes it{hint}.") from None
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{file} cannot be read as a tensor ({reason}): write it again.") from None

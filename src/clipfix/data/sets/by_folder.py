@@ -67,9 +67,9 @@ class Folders(LabelledSet):
             pictures = sorted(entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(SUFFIXES))
             if not pictures:
                 raise ValueError(f"{folder} has no picture ({', '.join(SUFFIXES)}): add some, or delete the folder.")
+            place = folder.relative_to(self.home).as_posix()
             for name in pictures:
-                picture = folder / name
-                yield Labelled(picture.relative_to(self.home).as_posix(), picture, labels[folder.name])
+                yield Labelled(f"{place}/{name}", folder / name, labels[folder.name])
 
     def _names(self, folders: list[str], place: Path) -> list[str]:
         if self.names is None:
