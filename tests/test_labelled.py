@@ -220,7 +220,7 @@ def test_a_missing_file_of_sentences_is_named(tmp_path):
 def test_a_picture_is_decoded_to_rgb(tmp_path):
     grey = Image.new("L", (5, 4), 200)
     grey.save(tmp_path / "a.png")
-    for image in (tmp_path / "a.png", grey):
+    for image in (tmp_path / "a.png", (tmp_path / "a.png").read_bytes(), grey):
         picture = Labelled("a", image, 0).picture()
         assert (picture.mode, picture.size, picture.getpixel((0, 0))) == ("RGB", (5, 4), (200, 200, 200))
 
@@ -238,7 +238,7 @@ def test_a_picture_that_is_cut_off_is_named(tmp_path):
     file = tmp_path / "a.png"
     Image.effect_noise((64, 64), 50).save(file)
     file.write_bytes(file.read_bytes()[:1500])
-    for image in (file, Image.open(file)):
+    for image in (file, file.read_bytes(), Image.open(file)):
         with pytest.raises(ValueError, match="cannot be read as a picture"):
             Labelled("a.png", image, 0).picture()
 

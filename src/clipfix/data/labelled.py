@@ -26,10 +26,13 @@ NAMED = 3  # classes that one message names
 
 
 class Labelled(NamedTuple):
-    """One picture, not yet decoded, and the index of its class. The key is unique in its set."""
+    """One picture and the index of its class. The key is unique in its set.
+
+    The picture is a file, the bytes of a file, or already decoded; `picture()` reads all three.
+    """
 
     key: str
-    image: Path | Image.Image
+    image: Path | bytes | Image.Image
     label: int
 
     def picture(self) -> Image.Image:
@@ -43,9 +46,10 @@ class Labelled(NamedTuple):
         try:
             if isinstance(self.image, Image.Image):
                 return self.image.convert("RGB")
-            return decode({"__key__": self.key, "jpg": self.image.read_bytes()})["image"]
+            data = self.image.read_bytes() if isinstance(self.image, Path) else self.image
+            return decode({"__key__": self.key, "jpg": data})["image"]
         except Exception as error:  # Pillow raises many kinds for damaged files
-            place = self.key if isinstance(self.image, Image.Image) else self.image
+            place = self.image if isinstance(self.image, Path) else self.key
             raise ValueError(f"{place} cannot be read as a picture ({error}): fetch it again, or remove it.") from error
 
 
@@ -144,9 +148,9 @@ class LabelledSet(ABC):
         The digest is of the keys and labels of all splits and of the class names. It is equal on every machine.
         """
         found = self._contents
-        digest = blake2b(digest_size=8)
-        for row in (found.classes, *([name, item.key, item.label] for name in SPLITS for item in found.splits[name])):
-            digest.update(json.dumps(row).encode() + b"\n")
+        digest = blake2b(json.dumps(found.classes).encode(), digest_size=8)
+        for name in SPLITS:
+            digest.update("".join(f"\n{name} {item.label} {item.key}" for item in found.splits[name]).encode())
         files = [str(file) for file in (*found.files, *([self.prompt_file] if self.prompt_file else []))]
         pictures = {name: len(found.splits[name]) for name in SPLITS}
         return {

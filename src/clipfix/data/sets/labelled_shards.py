@@ -58,7 +58,7 @@ class LabelledShards(LabelledSet):
                         raise ValueError(f"{place} gives label {label} the name {name!r}, not {names[label]!r}.")
                     # The number, because shards of two folders often have one name: train/00000.tar, test/00000.tar.
                     key = f"{split}-{number:05d}/{raw['__key__']}"
-                    splits[split].append(Labelled(key, lazy_picture(raw, place), label))
+                    splits[split].append(Labelled(key, encoded_picture(raw, place), label))
         return Contents(self._names(names, splits), splits, files)
 
     def _shards(self, split: str, urls: list[str]) -> list[str]:
@@ -112,14 +112,14 @@ def label_of(raw: Mapping[str, Any], place: str) -> tuple[int, str | None]:
     return label, name
 
 
-def lazy_picture(raw: Mapping[str, Any], place: str) -> Image.Image:
-    """Return the picture of an undecoded sample, of which only the header has been read."""
-    from clipfix.data.decoding import FORMATS, decode, encoded_image
+def encoded_picture(raw: Mapping[str, Any], place: str) -> bytes:
+    """Return the image file of an undecoded sample; ValueError if it has none, or one whose header cannot be read."""
+    from clipfix.data.decoding import FORMATS, encoded_image
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(encoded_image(raw)), formats=FORMATS)
-            return decode(raw)["image"] if image.mode.startswith("I") else image  # 16 bits need a conversion
+            Image.open(io.BytesIO(encoded_image(raw)), formats=FORMATS)
     except Exception as error:
         raise ValueError(f"{place} cannot be read as a picture ({error}): write the shard again without it.") from error
+    return encoded_image(raw)
