@@ -155,7 +155,9 @@ def test_an_unknown_split_is_told_the_others():
     [
         ({"templates": []}, "data.set.templates must be a list of one or more"),
         ({"templates": "a {}"}, "data.set.templates must be a list of one or more"),
-        ({"templates": ["a {}", "a photo"]}, "'a photo', which has no {} for the class"),
+        ({"templates": ["a {}", "a photo"]}, "'a photo': it must have one {}, for the class"),
+        ({"templates": ["a {} of {}"]}, "'a {} of {}': it must have one {}"),
+        ({"templates": ["a {c}"]}, "'a {c}': it must have one {}"),
         ({"val_share": 1.0}, "data.set.val_share is 1.0: set a share between 0 and 1"),
     ],
 )

@@ -79,7 +79,7 @@ class LabelledSet(ABC):
         recipe: numbers for this set that a method may refer to; not used here.
 
     Raises:
-        ValueError: a template without `{}`, or a share outside of 0 to 1.
+        ValueError: a template without one `{}`, or a share outside of 0 to 1.
     """
 
     def __init__(
@@ -95,8 +95,8 @@ class LabelledSet(ABC):
     ) -> None:
         if isinstance(templates, str) or not templates:
             raise ValueError("data.set.templates must be a list of one or more prompts, as ['a photo of a {}.'].")
-        if wrong := [template for template in templates if "{}" not in template]:
-            raise ValueError(f"data.set.templates has {wrong[0]!r}, which has no {{}} for the class: add it.")
+        if wrong := [template for template in templates if template.count("{") != 1 or "{}" not in template]:
+            raise ValueError(f"data.set.templates has {wrong[0]!r}: it must have one {{}}, for the class.")
         if not 0 < val_share < 1:
             raise ValueError(f"data.set.val_share is {val_share}: set a share between 0 and 1.")
         self.root, self.fetch, self.val_share, self.seed = Path(root).expanduser(), fetch, val_share, seed
@@ -150,7 +150,11 @@ class LabelledSet(ABC):
         found = self._contents
         digest = blake2b(json.dumps(found.classes).encode(), digest_size=8)
         for name in SPLITS:
-            digest.update("".join(f"\n{name} {item.label} {item.key}" for item in found.splits[name]).encode())
+            digest.update(
+                "".join(f"\n{name} {item.label} {item.key}" for item in found.splits[name]).encode(
+                    "utf-8", "surrogateescape"
+                )
+            )
         files = [str(file) for file in (*found.files, *([self.prompt_file] if self.prompt_file else []))]
         pictures = {name: len(found.splits[name]) for name in SPLITS}
         return {
