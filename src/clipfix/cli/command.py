@@ -1,6 +1,7 @@
 """Runs a command: one run composed by Hydra, or all jobs of a sweep."""
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,6 +16,7 @@ from clipfix import CONF
 from clipfix.cli import errors
 from clipfix.cli.resolvers import new_folder
 from clipfix.cli.run import Run
+from clipfix.cli.settings import Config, check_settings
 from clipfix.cli.sweeps import check_plugins, compare_jobs, in_sweep, prepare_worker
 from clipfix.cli.verbs import VERBS
 from clipfix.system import secrets
@@ -43,6 +45,7 @@ def run(cfg: DictConfig) -> float | None:
             prepare_worker(str(folder.parent))
         if cfg.run not in VERBS:
             raise ValueError(f"run={cfg.run} does not exist: choose from {', '.join(VERBS)}.")
+        check_settings(OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(Config.model_fields)), resolve=True))
         verb, groups = VERBS[cfg.run]
         if missing := list(unset(OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(groups))))):
             raise ValueError(f"Not set: {', '.join(missing)}. Set it on the command line: {missing[0]}=...")
@@ -103,7 +106,8 @@ def expand_short_forms(arguments: list[str]) -> list[str]:
         return [f"export.{argument}" if argument.startswith(short) else argument for argument in arguments]
     if "run=compare" not in arguments:
         return arguments
-    files = [one for one in arguments if not one.startswith("-") and ("=" not in one or Path(one).exists())]
+    words = [one for one in arguments if not one.startswith(("-", "+")) and (one[0] != "~" or "/" in one)]
+    files = [one for one in words if ("=" not in one or os.path.exists(one))]
     if not files:
         return arguments
     quoted = ",".join("'" + file.replace("\\", "\\\\").replace("'", "\\'") + "'" for file in files)

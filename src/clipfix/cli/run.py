@@ -125,14 +125,6 @@ class Run:
             logging.getLogger(name).setLevel(logging.WARNING)
         L.seed_everything(self.config.seed, workers=True, verbose=False)
 
-    def check_report(self) -> None:
-        """Raise an error for wrong values in `report` now, because they are used only at the end of the run."""
-        table, pictures = self.config.report.table, self.config.report.pictures
-        if table not in (tables := ("headlines", "full")):
-            raise ValueError(f"report.table={table}: choose from {', '.join(tables)}.")
-        if not isinstance(pictures, bool):
-            raise ValueError(f"report.pictures={pictures}: set it to true or false.")
-
     # -- results -------------------------------------------------------------------------------------------------------
 
     def config_and_choices(self) -> dict[str, Any]:

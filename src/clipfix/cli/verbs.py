@@ -30,7 +30,6 @@ def fit(run: Run) -> float | None:
 
     Return the selection score of that checkpoint in a trial of Optuna, else None.
     """
-    run.check_report()
     benchmarks, backbone = run.benchmarks, run.backbone  # in this order: missing data is reported before torch loads
     from clipfix.results.before_after import BeforeAfter
     from clipfix.training.checkpoints import load_repair
@@ -118,7 +117,6 @@ def check_splits(run: Run, callbacks: Mapping[str, Any]) -> None:
 
 def score(run: Run) -> None:
     """Score the backbone, or a checkpoint of an earlier run, without training."""
-    run.check_report()
     benchmarks, backbone, cfg = run.benchmarks, run.backbone, run.config
     from lightning.fabric import Fabric
 

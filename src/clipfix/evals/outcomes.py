@@ -1,9 +1,12 @@
 """Results of a benchmark for every item, by which two scorings can be compared item by item."""
 
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -98,11 +101,39 @@ def save(folder: Path, columns: Sequence[str], recorded: Mapping[str, Sequence[O
     np.savez_compressed(folder / FILE, **arrays)  # type: ignore[arg-type]
 
 
+def check_arrays(columns: Any, arrays: Mapping[str, np.ndarray]) -> None:
+    """Raise ValueError or KeyError if arrays do not have the names, types and lengths that `save` writes."""
+    if not (isinstance(columns, list) and all(isinstance(column, str) for column in columns)):
+        raise ValueError("columns are not names")
+    if len(set(columns)) < len(columns):
+        raise ValueError("two columns have one name")
+    for benchmark in dict.fromkeys(name.rpartition("/")[0] for name in arrays):
+        one = {name: arrays[f"{benchmark}/{name}"] for name in ("questions", "items", "weights", "ranks")}
+        rows = len(one["items"])
+        if one["ranks"].shape != (len(columns), rows) or one["questions"].shape != (rows,):
+            raise ValueError(f"{benchmark} has arrays of different lengths")
+        if one["weights"].shape != (rows,) or one["weights"].dtype.kind not in "fiu":
+            raise ValueError(f"{benchmark}/weights are not numbers, one for each item")
+        if one["ranks"].dtype.kind not in "iu" or one["questions"].dtype.kind != "U":
+            raise ValueError(f"{benchmark} has ranks or questions of another type")
+
+
 def load(path: Path) -> dict[str, dict[str, Outcomes]]:
-    """Return {column: {benchmark: outcomes}} from a file that `save` wrote."""
-    with np.load(path, allow_pickle=False) as stored:
-        arrays = dict(stored)
-    columns = arrays.pop("columns").tolist()
+    """Return {column: {benchmark: outcomes}} from a file that `save` wrote.
+
+    Raises:
+        ValueError: The file is damaged, or has not the arrays that `save` writes.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = dict(stored)
+        columns = arrays.pop("columns").tolist()
+        check_arrays(columns, arrays)
+    except (OSError, EOFError, ValueError, KeyError, AttributeError, TypeError, BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"{path} is not an {FILE} of run=fit or run=eval ({error!r}): fetch it again, or remove it, and there "
+            "are no intervals."
+        ) from error
     outcomes: dict[str, dict[str, Outcomes]] = {column: {} for column in columns}
     for benchmark in dict.fromkeys(name.rpartition("/")[0] for name in arrays):
         questions, items, weights, ranks = (

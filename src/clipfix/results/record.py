@@ -6,11 +6,22 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
 from clipfix.system import moved
 from clipfix.system.terminal import all_visible
 
 FILE = "results.json"  # in the run folder
 Percentages = Mapping[str, float]  # eval/<benchmark>/<metric>
+
+
+class Data(TypedDict, total=False):
+    """The data of a benchmark: number and hash of local files, or urls."""
+
+    files: int
+    sha256: str | None
+    urls: list[str]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -40,7 +51,7 @@ class Record:
     """
 
     model: str | None = None
-    data: Mapping[str, Any] | None = None
+    data: Mapping[str, Data | str] | None = None
     versions: Mapping[str, str] | None = None
     commit: Mapping[str, Any] | None = None
     device: str | None = None
@@ -50,7 +61,7 @@ class Record:
     wise: float | None = None
     trained_with_seed: int | None = None
     recipe: Mapping[str, Any] | None = None
-    benchmarks: Mapping[str, Any] | None = None
+    benchmarks: Mapping[str, Mapping[str, Any]] | None = None
     weights: Mapping[str, str] | None = None
     precision: Mapping[str, str] | None = None
     checkpoint: str | None = None
@@ -75,12 +86,20 @@ class Record:
         """
         try:
             stored = all_visible(moved.current(json.loads(path.read_text())))
-            scores = {
-                column: {name: float(score) for name, score in one.items()} for column, one in stored["scores"].items()
-            }
             names = {field.name for field in fields(cls)}
-            return cls(**{key: value for key, value in stored.items() if key in names} | {"scores": scores})
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            record = TypeAdapter(cls).validate_python({key: value for key, value in stored.items() if key in names})
+            for name in (name for one in record.scores.values() for name in one):
+                _, benchmark, metric = [*name.split("/", 2), "", ""][:3]
+                if not (name.startswith("eval/") and benchmark and metric):
+                    raise ValueError(f"{name!r} is not eval/<benchmark>/<metric>")
+            return record
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise ValueError(
+                f"{path} is not a results.json of run=fit or run=eval ({place}: {first['msg']}): choose another file."
+            ) from None
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{path} is not a results.json of run=fit or run=eval ({error!r}): choose another file."
             ) from error

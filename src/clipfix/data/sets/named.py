@@ -108,4 +108,4 @@ def label_of(raw: Mapping[str, Any]) -> int | list[int]:
     """Return the number of the class from `cls`, or from `npy` 1 or 0 for each class. Nothing is unpickled."""
     if "cls" in raw:
         return int(raw["cls"])
-    return np.load(io.BytesIO(raw["npy"]), allow_pickle=False).tolist()
+    return np.load(io.BytesIO(raw["npy"]), allow_pickle=False).astype(np.int64).tolist()

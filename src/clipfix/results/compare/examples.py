@@ -1,6 +1,7 @@
 """Retrieval examples: images whose caption changed its rank most from before to after training."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pkgutil import resolve_name
 from random import Random
@@ -160,11 +161,16 @@ def published(settings: Mapping[str, Any]) -> Source:
     Raises:
         ValueError: The class is not in clipfix.data.sets. A result file may not run other code.
     """
-    name = str(settings.get("_target_"))
-    kind = resolve_name(name) if name.startswith("clipfix.data.sets.") else None
+    name, kind = str(settings.get("_target_")), None
+    if name.startswith("clipfix.data.sets."):
+        with suppress(ImportError, AttributeError, ValueError):
+            kind = resolve_name(name)
     if not (isinstance(kind, type) and issubclass(kind, Source)):
         raise ValueError(f"{name} is not a data set of clipfix.data.sets")
-    return kind(**{key: value for key, value in settings.items() if not key.startswith("_")})
+    try:
+        return kind(**{key: value for key, value in settings.items() if not key.startswith("_")})
+    except TypeError as error:
+        raise ValueError(f"{name} has other arguments ({error})") from error
 
 
 def picture(cases: Sequence[Case]) -> Figure:

@@ -154,9 +154,18 @@ def read(path: Path) -> Result:
     }
     if not columns or len(columns) > 2:
         raise ValueError(f"{path} has {len(columns)} columns of scores: files with one or two can be compared.")
+    if not record.has_scores:
+        raise ValueError(f"{path} has no scores, as a run with eval=none: choose another file.")
+    first, *_, last = [*columns, *columns]
+    if differing := columns[first].keys() ^ columns[last].keys():
+        raise ValueError(f"{path} has {min(differing)} in one of its columns alone: choose another file.")
     items = path.parent / outcomes.FILE
     recorded = outcomes.load(items) if items.is_file() else {}
-    first, *_, last = [*columns, *columns]
+    if recorded and (absent := columns.keys() - recorded.keys()):
+        raise ValueError(
+            f"{items} has no column {min(absent)}, and {path.name} has one: put the two files of the same run into one "
+            f"folder, or remove {items.name}."
+        )
     result = Result(
         path,
         record,

@@ -1,0 +1,47 @@
+"""Settings that no class checks: each verb refuses wrong ones in one line, within a second."""
+
+import pytest
+
+from clipfix.cli.verbs import VERBS
+
+WRONG = [
+    ("compare.resamples=0", "greater than or equal to 1"),
+    ("compare.resamples=abc", "valid integer"),
+    ("compare.resamples=null", "valid integer"),
+    ("compare.resamples=1.5", "valid integer"),
+    ("compare.coverage=abc", "valid number"),
+    ("compare.coverage=1", "less than 1"),
+    ("compare.examples=null", "valid integer"),
+    ("compare.examples_from=everywhere", "'files', 'urls' or 'commands'"),
+    ("compare.results=5", "valid list"),
+    ("compare.results=[null]", "valid string"),
+    ("seed=[1]", "valid integer"),
+    ("seed=-1", "greater than or equal to 0"),
+    ("+compare.bogus=1", "does not exist"),
+    ("~compare.gain", "is missing"),
+    (f"compare.gain={'a' * 5000}", "shorter"),
+    (f"checkpoint={'a' * 5000}", "shorter"),
+    ("export.dtype=fp8", "'fp32', 'fp16' or 'bf16'"),
+    ("export.overwrite=maybe", "valid boolean"),
+    ("survey.samples=1", "greater than or equal to 2"),
+    ("report.table=ful", "'headlines' or 'full'"),
+    ("wise=much", "valid number"),
+]
+
+
+@pytest.mark.parametrize(("word", "reason"), WRONG, ids=[word[:30] for word, _ in WRONG])
+def test_wrong_settings_are_named_in_one_line(word, reason, clipfix):
+    with pytest.raises(SystemExit) as error:
+        clipfix("run=compare", word)
+    first, *rest = str(error.value).splitlines()
+    key = word.lstrip("+~").partition("=")[0]
+    assert first.startswith(f"clipfix: {key}")
+    assert reason in first
+    assert len(rest) == 1  # how to see a traceback
+    assert len(first) < 300
+
+
+@pytest.mark.parametrize("run", VERBS)
+def test_every_verb_checks_them(run, clipfix):
+    with pytest.raises(SystemExit, match=r"compare\.coverage is 2.*; export\.dtype is"):
+        clipfix(f"run={run}", "compare.coverage=2", "export.dtype=fp8")
