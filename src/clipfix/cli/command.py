@@ -45,7 +45,8 @@ def run(cfg: DictConfig) -> float | None:
             prepare_worker(str(folder.parent))
         if cfg.run not in VERBS:
             raise ValueError(f"run={cfg.run} does not exist: choose from {', '.join(VERBS)}.")
-        check_settings(OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(Config.model_fields)), resolve=True))
+        settings: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(Config.model_fields)), resolve=True)
+        check_settings(settings)
         verb, groups = VERBS[cfg.run]
         if missing := list(unset(OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(groups))))):
             raise ValueError(f"Not set: {', '.join(missing)}. Set it on the command line: {missing[0]}=...")
@@ -106,7 +107,7 @@ def expand_short_forms(arguments: list[str]) -> list[str]:
         return [f"export.{argument}" if argument.startswith(short) else argument for argument in arguments]
     if "run=compare" not in arguments:
         return arguments
-    words = [one for one in arguments if not one.startswith(("-", "+")) and (one[0] != "~" or "/" in one)]
+    words = [one for one in arguments if not one.startswith(("-", "+")) and (one[:1] != "~" or "/" in one)]
     files = [one for one in words if ("=" not in one or os.path.exists(one))]
     if not files:
         return arguments
