@@ -1,6 +1,7 @@
 """Configs as people get them wrong: keys of the real tree with another type, range or name, or none at all.
 
-`python tests/mutations.py 500` tries so many and prints what became of them; test_mutations.py tries a dozen.
+`python tests/mutations.py 500` tries so many of run=fit and prints what became of them, and `python tests/mutations.py
+500 0 compare,eval` those of other verbs. test_mutations.py tries a dozen of each.
 """
 
 import io
@@ -10,7 +11,7 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,22 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from clipfix.__main__ import main
+from clipfix.cli.settings import Config
+from clipfix.cli.verbs import VERBS
 
 CONF = Path(__file__).parents[1] / "conf"
 GROUPS = ("run", "seed", "wise", "resume", "checkpoint", "trainer", "callbacks", "data", "eval", "diffusion", "method")
 METHODS = ("finetune", "diva", "longclip", "fff")
+# What a verb needs to pass, and its last step, which is left out: all checks come before it.
+OTHER_VERBS = {
+    "compare": (["compare.results=[RESULTS]"], "clipfix.results.compare.check_comparable"),
+    "eval": (["eval=none"], "clipfix.evals.base.evaluate"),
+    "export": (["export.to=open_clip", "export.output=out"], "clipfix.export.export"),
+    "prepare": ([], "clipfix.data.scenes.World.__call__"),
+    "annotate": (["annotator=features", "annotator.output=annotated"], "clipfix.annotate.annotate"),
+    "thresholds": (["method=fff", "backbone=tiny"], "clipfix.annotate.survey.survey"),
+    "workspace": (["logger=wandb"], "clipfix.results.workspace.workspace"),
+}
 # Small and alike for all; a mutation stands behind it and so has the last word.
 WORLD = {"train": 64, "selection": 16, "test": 16, "pairs_train": 1, "pairs_selection": 1, "pairs_test": 1}
 BASE = [
@@ -88,16 +101,21 @@ def keys() -> dict[str, list[str]]:
 
 def attempt(words: list[str], root: str) -> Outcome:
     """What the command says to these words, with training itself left out."""
+    world = f"data.prepare.root={root}/{words[0][7:]}"  # recipes of methods draw different captions
+    return said_to([*BASE, world, *words], words, "lightning.Trainer.fit")
+
+
+def said_to(arguments: list[str], words: list[str], last_step: str) -> Outcome:
+    """What the command says to these arguments, with its last step left out."""
 
     def start(*_: Any, **__: Any) -> None:
         raise Checked
 
-    world = f"data.prepare.root={root}/{words[0][7:]}"  # recipes of methods draw different captions
     quiet, said = io.StringIO(), io.StringIO()
     with (
-        patch.object(sys, "argv", ["clipfix", *BASE, world, *words]),
+        patch.object(sys, "argv", ["clipfix", *arguments]),
         patch.dict(os.environ),
-        patch("lightning.Trainer.fit", start),
+        patch(last_step, start),
         redirect_stdout(quiet),
         redirect_stderr(said),
     ):
@@ -127,10 +145,43 @@ def attempts(count: int, seed: int = 0) -> Iterator[Outcome]:
             os.chdir(here)
 
 
+def attempts_of_verbs(
+    count: int, seed: int, results: Path, verbs: Sequence[str] = tuple(OTHER_VERBS)
+) -> Iterator[Outcome]:
+    """Yield what the verbs say to `count` wrong settings in all.
+
+    Args:
+        results: a results.json, for run=compare.
+    """
+    rng, trees = random.Random(seed), {}
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for verb in verbs:
+            config = compose("config", [f"run={verb}", *OTHER_VERBS[verb][0], *BASE])
+            groups = (*VERBS[verb][1], *Config.model_fields)
+            trees[verb] = [path for group in groups if group != "run" for path in leaves(config[group], group)]
+    with tempfile.TemporaryDirectory() as root:
+        here = Path.cwd()
+        os.chdir(root)
+        try:
+            for number in range(count):
+                verb = verbs[number % len(verbs)]
+                given, last_step = OTHER_VERBS[verb]
+                given = [word.replace("RESULTS", str(results)) for word in given]
+                _, *words = mutate(rng, dict.fromkeys(METHODS, trees[verb]))
+                world = f"data.prepare.root={root}/world"
+                base = [word for word in BASE if word != "logger=csv" or verb != "workspace"]
+                yield said_to([f"run={verb}", *base, world, *given, *words], [f"run={verb}", *words], last_step)
+        finally:
+            os.chdir(here)
+
+
 if __name__ == "__main__":
-    count, seed = (int(word) for word in [*sys.argv[1:], "0"][:2])
+    count, seed, *verbs = [*sys.argv[1:], *("0" for _ in range(3 - len(sys.argv)))]
+    count, seed = int(count), int(seed)
     kinds: Counter[str] = Counter()
-    for outcome in attempts(count, seed):
+    stored = Path(__file__).parents[1] / "benchmarks" / "results" / "diva-s0" / "results.json"
+    tried = attempts_of_verbs(count, seed, stored, verbs[0].split(",")) if verbs else attempts(count, seed)
+    for outcome in tried:
         kinds[outcome.kind] += 1
         print(f"{outcome.kind}: {' '.join(outcome.words)}\n    {outcome.said.strip()}", flush=True)
     print(dict(kinds))

@@ -125,7 +125,7 @@ def test_a_command_of_a_result_file_does_not_run_at_the_front_door(clipfix):
     _, printed = clipfix(*words)
     assert "No examples" in printed
     assert not Path("ran").exists()
-    assert "choose from files, urls, commands" in refusal(clipfix, *words, "compare.examples_from=anything")
+    assert "'files', 'urls' or 'commands'" in refusal(clipfix, *words, "compare.examples_from=anything")
     clipfix(*words, "compare.examples_from=commands")
     assert Path("ran").exists(), "the file is harmless, so nothing was tested"
 

@@ -48,7 +48,7 @@ class Compare(Settings):
 
 
 class Export(Settings):
-    to: Text | list[Text]
+    to: Text | list[Text] | None  # null and [] are refused with the choices
     output: Text | None
     overwrite: bool
     dtype: Literal["fp32", "fp16", "bf16"]
