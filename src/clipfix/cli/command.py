@@ -16,7 +16,7 @@ from clipfix import CONF
 from clipfix.cli import errors
 from clipfix.cli.resolvers import new_folder
 from clipfix.cli.run import Run
-from clipfix.cli.settings import Config, check_settings
+from clipfix.cli.settings import Config, check_settings, check_unread
 from clipfix.cli.sweeps import check_plugins, compare_jobs, in_sweep, prepare_worker
 from clipfix.cli.verbs import VERBS
 from clipfix.system import secrets
@@ -47,6 +47,7 @@ def run(cfg: DictConfig) -> float | None:
             raise ValueError(f"run={cfg.run} does not exist: choose from {', '.join(VERBS)}.")
         settings: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(Config.model_fields)), resolve=True)
         check_settings(settings)
+        check_unread(cfg.run, HydraConfig.get().overrides.task)
         verb, groups = VERBS[cfg.run]
         if missing := list(unset(OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(groups))))):
             raise ValueError(f"Not set: {', '.join(missing)}. Set it on the command line: {missing[0]}=...")

@@ -73,6 +73,39 @@ class Config(Settings):
     export: Export
 
 
+# The verbs that read a key of `Config`; the others refuse it on the command line, where it would change nothing.
+READ_BY = {
+    "checkpoint": ("eval", "export"),
+    "resume": ("fit",),
+    "wise": ("fit",),
+    "survey": ("thresholds",),
+    "export": ("export",),
+}
+INSTEAD = {
+    ("fit", "checkpoint"): (
+        "To continue its run, set resume=<checkpoint>. To train from its weights, write them first: run=export "
+        "checkpoint=<checkpoint> to=open_clip output=<folder>; then backbone=folder backbone.name=<folder>/open_clip."
+    ),
+    ("eval", "resume"): "Set checkpoint=<checkpoint> to score one.",
+    ("export", "resume"): "Set checkpoint=<checkpoint> to export one.",
+}
+
+
+def check_unread(run: str, overrides: Sequence[str]) -> None:
+    """Raise ValueError if the command line sets a key that this verb does not read.
+
+    Args:
+        run: the verb.
+        overrides: the overrides on the command line.
+    """
+    for override in overrides:
+        word = override.lstrip("+~")
+        key = word.partition("=")[0].partition(".")[0]
+        if key in READ_BY and run not in READ_BY[key] and not word.endswith("=null"):
+            hint = INSTEAD.get((run, key), f"It belongs to run={' and run='.join(READ_BY[key])}: leave it out.")
+            raise ValueError(f"run={run} does not read {word.partition('=')[0]}. {hint}")
+
+
 def check_settings(config: Mapping[str, Any]) -> None:
     """Raise one ValueError that names every key whose value does not fit.
 

@@ -91,6 +91,8 @@ def train(run: Run, trainer: Any, callbacks: Mapping[str, Any]) -> str:
         report.log_config(run.config_and_choices(), run.loggers)
     try:
         resumed = checkpoint_to_resume(run.config.resume, run.folder)
+        if resumed is not None:
+            check_same_method(resumed, run.config)
         trainer.fit(method, data, ckpt_path=resumed, weights_only=True)
     except SIGTERMException:
         print(f"Stopped by a signal and saved after step {trainer.global_step}. Set resume=auto to continue.")
@@ -100,6 +102,23 @@ def train(run: Run, trainer: Any, callbacks: Mapping[str, Any]) -> str:
     # With `method.steps=0` there is no best checkpoint; the last one is scored.
     best = callbacks["best"].best_model_path if "best" in callbacks else ""
     return trainer.strategy.broadcast(best or str(last))
+
+
+def check_same_method(checkpoint: str, config: Any) -> None:
+    """Raise ValueError if a checkpoint to resume from was written by another method, or with another control."""
+    from clipfix.training.checkpoints import read_checkpoint
+
+    stored: Any = stored_config(read_checkpoint(checkpoint, "resume"), checkpoint, config)
+    if stored is None:
+        return
+    theirs, ours = identity.repair(stored), identity.repair(config)
+    for key in ("method", "control"):
+        if theirs[key] != ours[key]:
+            raise ValueError(
+                f"resume={checkpoint} was written by a run with {key} {theirs[key]}, and this one has {ours[key]}: set "
+                "what its config.yaml says, or start a new run from its weights (run=export to=open_clip, then "
+                "backbone=folder)."
+            )
 
 
 def check_splits(run: Run, callbacks: Mapping[str, Any]) -> None:

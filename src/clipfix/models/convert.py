@@ -128,7 +128,10 @@ def to_open_clip(state: Mapping[str, Tensor]) -> State:
     """
     state = dict(state)
     if any(key.startswith("backbone.model.") for key in state):
-        raise ValueError("it is a checkpoint of clipfix, which has trained weights only: set checkpoint=... to it.")
+        raise ValueError(
+            "it is a checkpoint of clipfix, which has trained weights only. To score or export it, set checkpoint=... "
+            "to it; to train from its weights, export it first: run=export checkpoint=... to=open_clip"
+        )
     if any(key.startswith(DIVA) for key in state):
         state = {key.removeprefix(DIVA): value for key, value in state.items() if key.startswith(DIVA)}
     if SECOND_TABLE in state:
